@@ -1,0 +1,169 @@
+"""Prompts: read, checked, rendered and tokenised once, before any actor starts."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from c2f_ray.data.templates import render
+from c2f_ray.data.trajectory import Ragged
+from c2f_ray.errors import RecipeError
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """``N`` prompts. The driver puts it into the object store once; steps then speak of rows."""
+
+    ids: list[str]
+    messages: list[Messages]  # what the reward model's own template renders
+    records: list[dict[str, Any]]  # each prompt's other fields, for graders
+    tokens: Ragged  # int32 token ids of the policy's rendered prompt
+    num_dropped: int  # prompts longer than the limit
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from. `key` is the dotted key that errors name."""
+
+    key: str
+    source: str
+    split: str = "train"
+    field: str = "messages"
+    turns: Literal["all", "first"] = "all"
+    system: str | None = None
+    num_prompts: int | None = None
+    seed: int = 0
+
+    def load(self) -> list[tuple[str, Messages, dict[str, Any]]]:
+        """All prompts as (id, messages, other fields); a seeded choice of `num_prompts` when that is set."""
+        rows = [self._prompt(where, record) for where, record in self._records()]
+        if not rows:
+            raise RecipeError(f"{self.key}: {self.source}: holds no prompts")
+        if self.num_prompts is None:
+            return rows
+        if self.num_prompts > len(rows):
+            raise RecipeError(f"{self.key}: {self.source}: holds {len(rows)} prompts, fewer than {self.num_prompts}")
+        chosen = np.random.default_rng(self.seed).permutation(len(rows))[: self.num_prompts]
+        return [rows[row] for row in sorted(chosen)]
+
+    def _records(self) -> Iterator[tuple[str, Any]]:
+        """Every record with the place that an error about it names."""
+        path = Path(self.source)
+        if path.suffix not in (".jsonl", ".parquet"):
+            yield from self._dataset_records()
+            return
+        if not path.is_file():
+            raise RecipeError(f"{self.key}: {self.source}: no such file")
+        if path.suffix == ".jsonl":
+            yield from self._jsonl_records(path)
+            return
+        import pyarrow.parquet as pq
+
+        for row, record in enumerate(pq.read_table(path).to_pylist(), start=1):
+            yield f"{self.source} row {row}", record
+
+    def _jsonl_records(self, path: Path) -> Iterator[tuple[str, Any]]:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RecipeError(f"{self.source}:{number}: not valid JSON: {error.msg}") from None
+                yield f"{self.source}:{number}", record
+
+    def _dataset_records(self) -> Iterator[tuple[str, Any]]:
+        from datasets import load_dataset
+
+        try:
+            dataset = load_dataset(self.source, split=self.split)
+        except Exception as error:  # the library raises a different type for every way of failing
+            raise RecipeError(
+                f"{self.key}: {self.source}: neither a .jsonl or .parquet file nor a dataset that could be loaded "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'})"
+            ) from None
+        for row, record in enumerate(dataset, start=1):
+            yield f"{self.source} row {row}", record
+
+    def _prompt(self, where: str, record: Any) -> tuple[str, Messages, dict[str, Any]]:
+        if not isinstance(record, dict) or self.field not in record:
+            has = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
+            raise RecipeError(f"{where}: no field {self.field!r}{has}")
+        value = record[self.field]
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        if not _are_messages(messages):
+            raise RecipeError(
+                f"{where}: {self.field!r} is neither text nor chat messages "
+                "(a list of {role, content} with at least one user message)"
+            )
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        end = users[0] if self.turns == "first" else users[-1]
+        messages = [{"role": m["role"], "content": m["content"]} for m in messages[: end + 1]]
+        if self.system is not None:
+            messages = [m for m in messages if m["role"] != "system"]
+            messages.insert(0, {"role": "system", "content": self.system})
+        others = {name: entry for name, entry in record.items() if name not in (self.field, "id")}
+        return str(record.get("id", where.rsplit(":" if ":" in where else " ", 1)[-1])), messages, others
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+        and any(m["role"] == "user" for m in value)
+    )
+
+
+def build_prompt_set(
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_tokens: int,
+    too_long: Literal["drop", "refuse"],
+) -> PromptSet:
+    """Renders and tokenises every prompt; those longer than `max_tokens` are dropped and counted, or refused."""
+    ids: list[str] = []
+    messages: list[Messages] = []
+    records: list[dict[str, Any]] = []
+    tokens: list[list[int]] = []
+    num_dropped = 0
+    for prompt_id, conversation, record in source.load():
+        prompt = tokenizer(render(tokenizer, template, conversation), add_special_tokens=False)["input_ids"]
+        if len(prompt) > max_tokens:
+            if too_long == "refuse":
+                raise RecipeError(
+                    f"{source.key}: prompt {prompt_id!r} has {len(prompt)} tokens, more than max_tokens {max_tokens}; "
+                    "raise the limit or set prompts.too_long to drop"
+                )
+            num_dropped += 1
+            continue
+        ids.append(prompt_id)
+        messages.append(conversation)
+        records.append(record)
+        tokens.append(prompt)
+    if not ids:
+        raise RecipeError(f"{source.key}: all {num_dropped} prompts are longer than max_tokens {max_tokens}")
+    return PromptSet(ids, messages, records, Ragged.from_rows(tokens, np.int32), num_dropped)
+
+
+def draw(position: int, count: int, num_prompts: int, seed: int, shuffle: bool) -> list[tuple[int, int]]:
+    """The `count` prompts from `position` on as (row, epoch): one seeded permutation for each epoch.
+
+    `position` counts prompts since the start of the run, and is all the state that there is.
+    """
+    drawn: list[tuple[int, int]] = []
+    while len(drawn) < count:
+        epoch, start = divmod(position + len(drawn), num_prompts)
+        order = np.random.default_rng([seed, epoch]).permutation(num_prompts) if shuffle else np.arange(num_prompts)
+        drawn += [(int(row), epoch) for row in order[start : start + count - len(drawn)]]
+    return drawn

@@ -1,0 +1,35 @@
+"""The errors of c2f_ray: one family, each also the standard error that it resembles, all of them picklable."""
+
+
+class C2FError(Exception):
+    """Base of every error raised on purpose. Its text names the cause and the remedy."""
+
+
+class RecipeError(C2FError, ValueError):
+    """Bad input, found before any actor starts. The command line exits with code 2 and has written nothing.
+
+    ``problems`` holds one line each: where (dotted key, or file and line), the value, the rule, the remedy.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+class NotBuiltError(RecipeError, NotImplementedError):
+    """A recipe is valid, but names something that this version cannot run yet."""
+
+
+class DeadlineError(C2FError, TimeoutError):
+    """A wait reached its deadline. The text names what was awaited and for how long."""
+
+
+class WeightMismatchError(C2FError, RuntimeError):
+    """An engine and the learner hold different weights after a transfer."""
+
+
+class BadRewardError(C2FError, RuntimeError):
+    """A reward was not finite, or there were more or fewer rewards than trajectories."""

@@ -1,0 +1,273 @@
+"""What a recipe may say: one model per section, one documented field per line.
+
+Nothing here imports torch, so a recipe can be checked on any machine in well under a second.
+Where no paper is named for a default, the default is ours.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]  # the run's folder is `folder/name`
+    folder: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    steps: Count | None = None  # stop after so many updates; either this or `epochs`
+    epochs: Count | None = None  # stop after so many passes over the prompts
+    deterministic: bool = False  # compose batches by sample id: the same seed then gives the same bytes
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "Run":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class Cluster(Section):
+    placement_timeout_s: Positive = 300  # how long to wait for the cluster to have room for an actor
+    start_timeout_s: Positive = 1800  # how long loading a model may take
+
+
+class Policy(Section):
+    model: str  # Hugging Face folder, or a name on the hub
+    chat_template: str = "model"  # `model`: its own; `plain`: ours for base models; else a path to a .jinja file
+    dtype: Dtype = "bfloat16"  # of the engines and of the learner's forward
+    trust_remote_code: bool = False
+
+
+class Prompts(Section):
+    source: str  # a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    split: str = "train"  # of a Hugging Face dataset
+    field: str = "messages"  # a field that holds text, or chat messages
+    turns: Literal["all", "first"] = "all"  # of chat messages: up to the last user message, or the first
+    system: str | None = None  # system message put before every prompt
+    num_prompts: Count | None = None  # use a seeded random choice of so many; all when not given
+    max_tokens: Count = 384  # longest rendered prompt
+    too_long: Literal["drop", "refuse"] = "drop"  # what to do with a longer one
+    per_step: Count = 128  # prompts in one step
+    shuffle: bool = True  # a new seeded order in every epoch
+
+
+class FixedLength(Section):
+    rule: Literal["fixed"]
+    max_tokens: Count  # response limit of every step
+
+
+GrowingLength = TypeVar("GrowingLength", bound="LinearLength | LogisticLength")
+
+
+def _limits_in_order(length: GrowingLength) -> GrowingLength:
+    if length.start_tokens > length.max_tokens:
+        raise ValueError(f"start_tokens {length.start_tokens} is more than max_tokens {length.max_tokens}")
+    return length
+
+
+class LinearLength(Section):
+    rule: Literal["linear"]
+    start_tokens: Count
+    max_tokens: Count
+    over_steps: Count  # the limit grows evenly and reaches its maximum after so many steps
+
+    @model_validator(mode="after")
+    def _grows(self) -> "LinearLength":
+        return _limits_in_order(self)
+
+
+class LogisticLength(Section):
+    """Continuous Maximization (arXiv 2406.08657); coefficients and limits are unpublished, so ours."""
+
+    rule: Literal["logistic"]
+    start_tokens: Count
+    max_tokens: Count
+    max_step_tokens: Positive  # growth of the limit in one step when the logistic is 1
+    reward_weight: float = 1.0  # of the standardised mean reward
+    critic_weight: float = 0.5  # of the standardised critic loss; of the reward minus greedy spread without a critic
+    bias: float = 0.0
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of the running mean and variance
+    z_clip: Positive = 3.0  # standardised features are clipped to +- this
+
+    @model_validator(mode="after")
+    def _grows(self) -> "LogisticLength":
+        return _limits_in_order(self)
+
+
+Length = Annotated[FixedLength | LinearLength | LogisticLength, Field(discriminator="rule")]
+
+
+class Rollout(Section):
+    actors: Count = 1  # one vLLM engine each
+    gpus_per_actor: Annotated[int, Field(ge=0)] = 1  # tensor parallelism; 0 runs the engine on the CPU
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    samples_per_prompt: Count = 1
+    shard_samples: Count = 32  # trajectories handed over together
+    max_num_seqs: Count = 256  # sequences that one engine decodes at the same time
+    memory: Positive = 0.9  # share of a GPU's memory for the engine; GiB of KV cache on the CPU
+    timeout_s: Positive = 1800  # of one step's rollouts
+
+
+class WorkerPool(Section):
+    workers: Count = 1
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 1
+    dtype: Dtype = "float16"
+    tokens_per_batch: Count = 16384  # longest sequence times sequences, padding included
+    max_tokens: Count = 4096  # longer conversations lose their first tokens
+    timeout_s: Positive = 1800  # of one shard
+
+
+class UltraRMReward(WorkerPool):
+    kind: Literal["ultrarm"]
+    model: str
+    separator: str = "\n"  # between the turns: the model card's code says two, its examples and ReMax's one
+    append_eos: bool = True  # ReMax's code keeps the end-of-sequence token, the model card's example has none
+
+
+class LogRatioReward(WorkerPool):
+    kind: Literal["log_ratio"]
+    policy_model: str
+    reference_model: str
+    aggregate: Literal["sum", "mean"] = "sum"  # sum: RewardBench; mean: per token, ours
+
+
+class FunctionReward(Section):
+    kind: Literal["function"]
+    function: FunctionPath  # module:name
+    workers: Count = 1
+    timeout_s: Positive = 600
+
+
+Reward = Annotated[UltraRMReward | LogRatioReward | FunctionReward, Field(discriminator="kind")]
+
+
+class Optimizer(Section):
+    lr: Positive
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # ReMax's code
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0  # ReMax's code
+
+
+class LearnerBase(Section):
+    ranks: Count = 1
+    gpus_per_rank: Annotated[int, Field(ge=0, le=1)] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "all"] = "none"  # to CPU memory
+    gradient_checkpointing: bool = False
+    tokens_per_microbatch: Count = 16384  # longest sequence times sequences, padding included
+    optimizer: Optimizer
+    timeout_s: Positive = 3600  # of one update
+
+
+class ReMaxLearner(LearnerBase):
+    """ReMax (arXiv 2310.10505): one greedy rollout beside each sample, no critic."""
+
+    algorithm: Literal["remax"]
+    kl_penalty: Literal["full_step", "one_step"] = "full_step"  # the model card's; the 2023 repository's
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.1
+    reward_clip: Positive = 1.0  # of the reward minus the greedy rollout's
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0  # only `one_step` discounts
+
+    @model_validator(mode="after")
+    def _gamma_is_used(self) -> "ReMaxLearner":
+        if self.kl_penalty == "full_step" and self.gamma != 1:
+            raise ValueError(f"gamma {self.gamma} has no effect with kl_penalty full_step; leave it out")
+        return self
+
+
+class Critic(Section):
+    model: str = "policy"  # `policy`, `reward`, or a folder
+    optimizer: Optimizer
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # critic-only updates before the first policy update
+
+
+class PPOLearner(LearnerBase):
+    algorithm: Literal["ppo"]
+    critic: Critic
+    epochs: Count = 1  # passes over a step's rollouts
+    minibatches: Count = 4
+    clip_ratio: Positive = 0.2
+    value_clip: Positive = 0.2
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gae_lambda: Share = 0.95
+    whiten_advantages: bool = True
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    reward_clip: Positive = 5.0
+
+
+class RejectionSamplingLearner(LearnerBase):
+    """Iterative rejection sampling (Merlinite-7B-pt): keep the best of N, fine-tune on it, repeat."""
+
+    algorithm: Literal["rejection_sampling"]
+    rounds: Count = 3
+    restart_from: Literal["start", "last_round"] = "last_round"
+    sft_epochs: Count = 1
+    responses_per_update: Count = 128
+
+
+Learner = Annotated[ReMaxLearner | PPOLearner | RejectionSamplingLearner, Field(discriminator="algorithm")]
+
+
+class Weights(Section):
+    bucket_mib: Count = 256  # tensors travel in packed buckets of this size
+    timeout_s: Positive = 600  # of one whole transfer
+
+
+class Merge(Section):
+    instruct: str  # Hugging Face folder, or a name on the hub
+    base: str | None = None  # `policy.model` when not given
+    coarse: str | None = None  # the run's `coarse/` when not given
+    methods: Annotated[list[Literal["residue", "interpolate"]], Field(min_length=1)] = ["residue"]
+    ratios: Annotated[list[Share], Field(min_length=1)]
+    allow: list[str] = []  # configuration fields in which the models may differ
+    dtype: Dtype | None = None  # of the files written; the instruct model's when not given
+
+
+class Evaluate(Section):
+    prompts: str  # held-out questions: a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    split: str = "train"
+    field: str = "messages"
+    num_prompts: Count | None = None
+    max_tokens: Count = 512  # of a response, decoded greedily
+    accuracy: FunctionPath | None = None  # module:name of a grader of one response
+
+
+class Recipe(Section):
+    run: Run
+    cluster: Cluster = Cluster()
+    policy: Policy
+    prompts: Prompts
+    length: Length
+    rollout: Rollout
+    reward: Reward
+    learner: Learner
+    weights: Weights = Weights()
+    merge: Merge | None = None
+    evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Recipe":
+        if (self.rollout.gpus_per_actor == 0) != (self.learner.gpus_per_rank == 0):
+            raise ValueError(
+                "rollout.gpus_per_actor and learner.gpus_per_rank: both 0 (CPU, weights over gloo) or both more "
+                f"(GPU, weights over NCCL); not {self.rollout.gpus_per_actor} and {self.learner.gpus_per_rank}"
+            )
+        starts_from_reward = isinstance(self.learner, PPOLearner) and self.learner.critic.model == "reward"
+        if starts_from_reward and not isinstance(self.reward, UltraRMReward):
+            raise ValueError(
+                "learner.critic.model: 'reward' needs a reward model to start from, and reward.kind is "
+                f"{self.reward.kind!r}; use 'policy' or a folder"
+            )
+        return self
