@@ -33,3 +33,7 @@ class WeightMismatchError(C2FError, RuntimeError):
 
 class BadRewardError(C2FError, RuntimeError):
     """A reward was not finite, or there were more or fewer rewards than trajectories."""
+
+
+class NonFiniteUpdateError(C2FError, ArithmeticError):
+    """An update met infinity or NaN. The text names the quantity and the samples."""

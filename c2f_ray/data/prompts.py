@@ -137,7 +137,11 @@ def build_prompt_set(
     records: list[dict[str, Any]] = []
     tokens: list[list[int]] = []
     num_dropped = 0
+    seen: set[str] = set()
     for prompt_id, conversation, record in source.load():
+        if prompt_id in seen:  # seeds are made from ids: two equal ones would be sampled alike
+            raise RecipeError(f"{source.key}: {source.source}: prompt id {prompt_id!r} is given twice")
+        seen.add(prompt_id)
         prompt = tokenizer(render(tokenizer, template, conversation), add_special_tokens=False)["input_ids"]
         if len(prompt) > max_tokens:
             if too_long == "refuse":

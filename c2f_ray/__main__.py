@@ -1,0 +1,3 @@
+from c2f_ray.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""Log probabilities of response tokens from a Hugging Face causal LM, at a bounded cost in memory.
+
+Invariant: logits exist for ``CHUNK_TOKENS`` tokens at a time, forward and backward, and for response tokens only.
+A 128k vocabulary and 16k tokens would take 8 GiB in float32 otherwise, and twice that with their gradient.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+CHUNK_TOKENS = 1024
+
+# Settings by which some architectures change the logits after the output layer, with the value that means "not at all".
+LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+
+
+class ResponseLogprobs(nn.Module):
+    """A causal LM whose forward gives the log probability of each response token instead of logits.
+
+    It is a module so that DeepSpeed's hooks see its forward.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        for name, plain in LOGIT_SETTINGS.items():
+            value = getattr(model.config, name, plain)
+            if value != plain:
+                raise ValueError(
+                    f"{model.config.model_type}: the learner does not apply {name}={value} of the model's config"
+                )
+        output_layer = model.get_output_embeddings()
+        assert output_layer is not None  # a causal LM has one
+        self.model = model
+        # In a tuple it is not registered a second time: the parameters keep their names.
+        self._output_layer = (output_layer,)
+
+    def forward(self, input_ids: Tensor, predicts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """``(logprobs, entropy)``, float32 [R], in nats; only ``logprobs`` has a gradient.
+
+        ``input_ids`` int64 [B, S]: padded at the right, where a causal model cannot see it, so no attention mask.
+        ``predicts`` bool [B, S]: the R positions whose next token is a response token.
+        ``targets`` int64 [R]: these tokens, in row-major order.
+        """
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]
+        return chunked_logprobs(hidden, self._output_layer[0], targets)
+
+
+def chunked_logprobs(hidden: Tensor, output_layer: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """``(logprobs, entropy)`` [R] of ``targets`` [R] given ``hidden`` [R, H], logits recomputed in the backward."""
+    parts = [
+        checkpoint(_logprobs, part, output_layer, target, use_reentrant=False)
+        for part, target in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _logprobs(hidden: Tensor, output_layer: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = log_softmax(output_layer(hidden).float(), dim=-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy

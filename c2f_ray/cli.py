@@ -1,0 +1,95 @@
+"""The command line. Each command is one of the Python functions, and imports it only when it is called."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from c2f_ray.errors import C2FError, RecipeError
+from c2f_ray.recipe import Recipe, load_recipe
+
+app = typer.Typer(
+    help="Train a coarse actor by RL, merge it into fine actors, evaluate them all.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as configs/tiny.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as learner.optimizer.lr=5e-7.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run's folder first, if there is one.")]
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Run the whole chain on the CPU with models trained here: train, merge, evaluate, report."""
+    from c2f_ray.demo import run_demo
+
+    run_demo(_shipped("tiny"), overrides or [])
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train the coarse actor."""
+    loaded = _load(recipe, overrides)
+    from c2f_ray.driver import train
+
+    folder = train(loaded, fresh=fresh)
+    print(f"coarse actor: {folder / 'coarse'}")
+
+
+@app.command()
+def merge(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Merge the coarse actor with the instruct model into fine actors."""
+    loaded = _load(recipe, overrides)
+    from c2f_ray.merging.job import merge
+
+    for folder in merge(loaded):
+        print(f"fine actor: {folder}")
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Evaluate base, instruct, coarse and every fine actor on held-out prompts."""
+    loaded = _load(recipe, overrides)
+    from c2f_ray.evaluation.job import evaluate
+    from c2f_ray.watch.report import format_table
+
+    Console().print(format_table(evaluate(loaded)))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")]) -> None:
+    """Write the run's report.html."""
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError(f"{run}: not a run's folder: it has no recipe.yaml")
+    from c2f_ray.watch.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    return load_recipe(recipe, *(overrides or []))
+
+
+def _shipped(name: str) -> Path:
+    """A recipe that comes with the package: beside it in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    beside = package.parent / "configs" / f"{name}.yaml"
+    return beside if beside.is_file() else package / "configs" / f"{name}.yaml"
+
+
+def main() -> None:
+    """Runs the command line. Bad input ends with exit code 2, other known errors with 1, each in a few plain lines."""
+    try:
+        app()
+    except RecipeError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except C2FError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

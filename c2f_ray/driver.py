@@ -1,0 +1,223 @@
+"""The loop: prompts, rollouts, rewards, learner, weights.
+
+Invariants: the driver holds ids, lengths, scores and references, never tokens; every sample that was asked for is
+learned from exactly once; engines and learner hold the same weights when a step ends.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from c2f_ray.algorithms import length as length_control
+from c2f_ray.algorithms.length import LengthInputs, LengthState
+from c2f_ray.data.prompts import PromptSet, draw
+from c2f_ray.data.texts import save_trajectories
+from c2f_ray.data.trajectory import Float32, TrajectoryInfo
+from c2f_ray.errors import C2FError
+from c2f_ray.learner.group import LearnerGroup, UpdateBatch
+from c2f_ray.preflight import check_train, run_folder
+from c2f_ray.recipe import Recipe, dump_recipe
+from c2f_ray.reward.pool import RewardPool
+from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+from c2f_ray.session import ray_session, train_needs
+from c2f_ray.waiting import wait_for
+from c2f_ray.watch.metrics import MetricsLog
+from c2f_ray.watch.progress import Progress
+
+
+@dataclass
+class RunState:
+    """All that the next step depends on, beside the weights."""
+
+    step: int  # steps done
+    position: int  # prompts drawn since the start
+    weight_version: int
+    length: LengthState
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A step's trajectories, scored: `info` and `rewards` have one entry for each, in the order of `shards`."""
+
+    shards: list[Any]  # references
+    reward_refs: list[Any]
+    info: TrajectoryInfo
+    rewards: Float32
+
+
+def train(recipe: Recipe, *, fresh: bool = False) -> Path:
+    """Trains the coarse actor. Returns the run's folder, with `coarse/` and `metrics.jsonl` in it.
+
+    Raises RecipeError, with nothing written, when the recipe cannot be run; `fresh` removes an earlier run's folder.
+    """
+    checked = check_train(recipe, fresh)
+    folder = run_folder(recipe)
+    with ray_session(train_needs(recipe)), ExitStack() as stack:
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        progress = stack.enter_context(Progress(checked.total_steps))
+        log = stack.enter_context(closing(MetricsLog(folder)))
+        progress.stage("starting the actors")
+        _Training(recipe, folder, checked.prompts, checked.total_steps, stack).run(progress, log)
+    return folder
+
+
+class _Training:
+    """The actors of one run and its state."""
+
+    def __init__(self, recipe: Recipe, folder: Path, prompts: PromptSet, total_steps: int, stack: ExitStack) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.total_steps = total_steps
+        self.prompt_ids = prompts.ids
+        self.prompts = ray.put(prompts)
+        self.state = RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
+        self.saving: Any = None  # reference to the last step's write of its trajectories
+        self.seconds: dict[str, float] = {}
+        max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
+        # All three are told to start before any is waited for.
+        self.rollouts = stack.enter_context(
+            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
+        )
+        self.rewards = stack.enter_context(
+            closing(RewardPool(recipe.reward, recipe.cluster, recipe.policy.model, ray.put(prompts.messages)))
+        )
+        self.learner = stack.enter_context(closing(LearnerGroup(recipe, total_steps)))
+        self.learner.wait_until_ready()
+        self.rollouts.wait_until_ready()
+        self.rewards.wait_until_ready()
+
+    def run(self, progress: Progress, log: MetricsLog) -> None:
+        self.learner.connect(self.rollouts.actors)
+        self.learner.send_weights(self.state.weight_version)
+        while self.state.step < self.total_steps:
+            metrics = self.step(progress)
+            log.write(metrics)
+            progress.step(metrics)
+        progress.stage("exporting the coarse actor")
+        self.wait_for_saved_trajectories()
+        self.learner.export(self.folder / "coarse")
+
+    def step(self, progress: Progress) -> dict[str, Any]:
+        """One step, as in the module's first line. Returns its metrics."""
+        began = time.perf_counter()
+        self.seconds = {}
+        limit = self.state.length.tokens
+        requests = self.draw_requests()
+        rollouts = self.roll_out(requests, limit, progress)
+
+        sampled = ~rollouts.info.greedy
+        greedy_reward = dict(
+            zip(rollouts.info.prompt_row[~sampled].tolist(), rollouts.rewards[~sampled].tolist(), strict=True)
+        )
+        batch = UpdateBatch(
+            sample_id=rollouts.info.sample_id[sampled],
+            reward=rollouts.rewards[sampled],
+            baseline=np.array([greedy_reward[row] for row in rollouts.info.prompt_row[sampled].tolist()], np.float32),
+        )
+        with self.timed("learner", progress):
+            learned = self.learner.update(rollouts.shards, batch)
+        with self.timed("weights", progress):
+            self.state.weight_version += 1
+            self.learner.send_weights(self.state.weight_version)
+
+        spread = length_control.reward_spread(batch.reward, batch.baseline)
+        inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=spread)
+        self.state.length, decision = length_control.observe(self.recipe.length, self.state.length, inputs)
+        self.state.step += 1
+        self.save(rollouts)
+        lengths = rollouts.info.response_tokens[sampled]
+        seconds = time.perf_counter() - began
+        return {
+            "step": self.state.step,
+            "reward/mean": float(batch.reward.mean()),
+            "reward/std": float(batch.reward.std()),
+            "reward/greedy_mean": float(batch.baseline.mean()),
+            "length/limit": limit,
+            "length/mean": float(lengths.mean()),
+            "length/max": int(lengths.max()),
+            "length/truncated": float((~rollouts.info.finished[sampled]).mean()),
+            **{f"cm/{name}": value for name, value in asdict(decision).items() if value is not None},
+            **learned,
+            "weights/version": self.state.weight_version,
+            **{f"time/{name}_s": value for name, value in self.seconds.items()},
+            "time/other_s": seconds - sum(self.seconds.values()),
+            "time/step_s": seconds,
+            "time/samples_per_s": len(rollouts.info) / seconds,
+        }
+
+    def draw_requests(self) -> list[RolloutRequest]:
+        """This step's requests: each prompt's samples and, after them, its greedy rollout."""
+        recipe, state = self.recipe, self.state
+        count = recipe.prompts.per_step
+        if recipe.run.epochs is not None:
+            count = min(count, recipe.run.epochs * len(self.prompt_ids) - state.position)
+        drawn = draw(state.position, count, len(self.prompt_ids), recipe.run.seed, recipe.prompts.shuffle)
+        state.position += count
+        per_prompt = recipe.rollout.samples_per_prompt + 1
+        return [
+            RolloutRequest(
+                sample_id=prompt * per_prompt + sample,
+                prompt_row=row,
+                seed=request_seed(recipe.run.seed, self.prompt_ids[row], epoch, sample),
+                greedy=sample == per_prompt - 1,
+            )
+            for prompt, (row, epoch) in enumerate(drawn)
+            for sample in range(per_prompt)
+        ]
+
+    def roll_out(self, requests: list[RolloutRequest], limit: int, progress: Progress) -> Rollouts:
+        """Generates and scores; a shard is sent to be scored the moment that it arrives."""
+        shards: list[Any] = []
+        infos: list[TrajectoryInfo] = []
+        with self.timed("rollout", progress):
+            reward_refs = []
+            for shard, info in self.rollouts.generate(requests, limit, ordered=self.recipe.run.deterministic):
+                shards.append(shard)
+                infos.append(info)
+                reward_refs.append(self.rewards.submit(shard))
+        with self.timed("reward", progress):
+            rewards = np.concatenate(self.rewards.collect(reward_refs))
+        info = TrajectoryInfo.concat(infos)
+        if sorted(info.sample_id.tolist()) != [request.sample_id for request in requests]:
+            raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
+        return Rollouts(shards, reward_refs, info, rewards)
+
+    def save(self, rollouts: Rollouts) -> None:
+        self.wait_for_saved_trajectories()
+        path = self.folder / "trajectories" / f"step_{self.state.step:06d}.parquet"
+        self.saving = save_trajectories.remote(
+            path.absolute(), self.state.step, self.recipe.policy.model, self.prompts, rollouts.shards,
+            rollouts.reward_refs,
+        )
+        partial = self.folder / "state.json.partial"
+        partial.write_text(json.dumps(asdict(self.state), indent=1))
+        partial.rename(self.folder / "state.json")
+
+    def wait_for_saved_trajectories(self) -> None:
+        if self.saving is not None:
+            wait_for(self.saving, self.recipe.rollout.timeout_s, "the task that writes the trajectories")
+
+    @contextmanager
+    def timed(self, stage: str, progress: Progress) -> Iterator[None]:
+        progress.stage(stage)
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - began
+
+
+def request_seed(run_seed: int, prompt_id: str, epoch: int, sample: int) -> int:
+    """The sampling seed of one request, in [0, 2^63): asked again, on any engine, it gives the same tokens."""
+    digest = hashlib.blake2b(f"{run_seed}/{prompt_id}/{epoch}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,214 @@
+"""The evaluation job: greedy responses of base, instruct, coarse and every fine actor to held-out prompts."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from transformers import AutoConfig
+
+from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
+from c2f_ray.data.templates import chat_template
+from c2f_ray.data.texts import cached_tokenizer, text_rows, write_rows
+from c2f_ray.data.trajectory import Ragged, Trajectories
+from c2f_ray.errors import RecipeError
+from c2f_ray.evaluation.metrics import mean, response_metrics
+from c2f_ray.preflight import check_context, check_model, check_reward, load_tokenizer, run_folder
+from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.schema import Evaluate
+from c2f_ray.reward.pool import RewardPool
+from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+from c2f_ray.session import evaluate_needs, ray_session
+from c2f_ray.waiting import wait_for
+from c2f_ray.watch.progress import Progress
+
+Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate."""
+
+    name: str
+    folder: str
+    prompts: PromptSet  # rendered with its own template
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """Evaluates the run's models. Returns, and writes as `evaluation.json`, each model's metrics.
+
+    Responses go to `evaluation/NAME.parquet`. Raises RecipeError when something is missing, with nothing written.
+    """
+    settings, candidates = check_evaluate(recipe)
+    folder = run_folder(recipe)
+    with ray_session(evaluate_needs(recipe)), ExitStack() as stack:
+        progress = stack.enter_context(Progress(len(candidates)))
+        messages = ray.put(candidates[0].prompts.messages)
+        rewards = stack.enter_context(
+            closing(RewardPool(recipe.reward, recipe.cluster, recipe.policy.model, messages))
+        )
+        models: list[dict[str, Any]] = []
+        for candidate, shards in _responses(recipe, settings, candidates, stack):
+            progress.stage(f"evaluating {candidate.name}")
+            graded = {candidate.name: shards}
+            if candidate.name == "coarse" and (limit := _last_limit(folder)) < settings.max_tokens:
+                # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
+                graded[f"coarse@{limit}"] = [truncate.remote(shard, limit) for shard in shards]
+            for name, its_shards in graded.items():
+                scores = [rewards.submit(shard) for shard in its_shards]
+                task = grade.remote(
+                    (folder / "evaluation" / f"{name}.parquet").absolute(),
+                    recipe.policy.model, ray.put(candidate.prompts), its_shards, scores, settings.accuracy,
+                )
+                metrics = wait_for(task, recipe.reward.timeout_s, f"the task that grades {name}")
+                models.append({"name": name, "folder": candidate.folder, "metrics": metrics})
+            progress.step({"step": len(models), "reward/mean": models[-1]["metrics"]["reward"]})
+    result = {"max_tokens": settings.max_tokens, "models": models, "best": best_fine(models)}
+    partial = folder / "evaluation.json.partial"
+    partial.write_text(json.dumps(result, indent=1))
+    partial.rename(folder / "evaluation.json")
+    return result
+
+
+def best_fine(models: list[dict[str, Any]]) -> str | None:
+    """The fine actor with the highest strict accuracy where it was graded, then the highest reward."""
+    fine = [model for model in models if model["name"].startswith(("residue", "interpolate"))]
+    if not fine:
+        return None
+    return max(fine, key=lambda m: (m["metrics"].get("strict", 0.0), m["metrics"]["reward"]))["name"]
+
+
+def check_evaluate(recipe: Recipe) -> tuple[Evaluate, list[Candidate]]:
+    """The models that there are to evaluate, each with its prompts. Raises RecipeError; writes nothing."""
+    if recipe.evaluate is None:
+        raise RecipeError("evaluate: missing; it names the held-out prompts")
+    reward = check_reward(recipe.reward)
+    if recipe.evaluate.accuracy:
+        load_grader(recipe.evaluate.accuracy)
+    folder = run_folder(recipe)
+    coarse = folder / "coarse"
+    if not coarse.is_dir():
+        raise RecipeError(f"run.name: {coarse}: no coarse actor there; run `c2f-ray train` with this recipe first")
+    folders = {"base": recipe.policy.model}
+    if recipe.merge is not None:
+        folders["instruct"] = recipe.merge.instruct
+    folders["coarse"] = str(coarse)
+    folders |= {fine.name: str(fine) for fine in sorted((folder / "fine").glob("*")) if fine.is_dir()}
+    prompts: dict[str, PromptSet] = {}  # by template
+    candidates = []
+    for name, model in folders.items():
+        config = check_model(f"evaluate ({name})", model)
+        template = _template(recipe, model)
+        if template not in prompts:
+            prompts[template] = _heldout_prompts(recipe, recipe.evaluate, template)
+        longest = int(prompts[template].tokens.lengths.max())
+        check_context(config, "a prompt of", longest, "evaluate.max_tokens", recipe.evaluate.max_tokens)
+        candidates.append(Candidate(name, model, prompts[template]))
+    return recipe.evaluate, candidates
+
+
+def load_grader(path: str) -> Grader:
+    """The function that `module:name` names: (record, response, finished) to {metric: value}."""
+    module, name = path.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"evaluate.accuracy: {path}: {error}") from None
+
+
+def _template(recipe: Recipe, model: str) -> str:
+    """A model's own template; the policy's for one that has none."""
+    tokenizer = load_tokenizer(model)
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    return chat_template(recipe.policy.chat_template, tokenizer)
+
+
+def _heldout_prompts(recipe: Recipe, settings: Evaluate, template: str) -> PromptSet:
+    source = PromptSource(
+        key="evaluate.prompts", source=settings.prompts, split=settings.split, field=settings.field,
+        system=recipe.prompts.system, num_prompts=settings.num_prompts, seed=recipe.run.seed,
+    )
+    return build_prompt_set(
+        source, load_tokenizer(recipe.policy.model), template, recipe.prompts.max_tokens, recipe.prompts.too_long
+    )
+
+
+def _last_limit(folder: Path) -> int:
+    return int(json.loads((folder / "state.json").read_text())["length"]["limit"])
+
+
+def _responses(
+    recipe: Recipe, settings: Evaluate, candidates: list[Candidate], stack: ExitStack
+) -> Iterator[tuple[Candidate, list[Any]]]:
+    """Each candidate with its shards. One engine serves all of one architecture: weights are swapped, not engines."""
+    engine: RolloutPool | None = None
+    architecture: dict[str, Any] = {}
+    max_model_tokens = recipe.prompts.max_tokens + settings.max_tokens
+    for candidate in candidates:
+        wanted = _architecture(candidate.folder)
+        if engine is not None and wanted == architecture:
+            engine.load_folder(candidate.folder)
+        else:
+            if engine is not None:
+                engine.close()
+            engine, architecture = RolloutPool(recipe, candidate.folder, max_model_tokens), wanted
+            stack.enter_context(closing(engine))
+            engine.wait_until_ready()
+        requests = [RolloutRequest(row, row, 0, greedy=True) for row in range(len(candidate.prompts))]
+        generated = engine.generate(ray.put(candidate.prompts.tokens), requests, settings.max_tokens, ordered=True)
+        yield candidate, [shard for shard, _ in generated]
+
+
+def _architecture(folder: str) -> dict[str, Any]:
+    """What an engine was built for: the configuration, but for what only names or describes the model."""
+    described = ("_name_or_path", "transformers_version", "dtype", "architectures")
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    return {key: value for key, value in config.items() if key not in described}
+
+
+@ray.remote(num_cpus=0)
+def truncate(shard: Trajectories, limit: int) -> Trajectories:
+    """The shard as a response limit of `limit` tokens would have made it, for greedy trajectories."""
+    info = shard.info
+    return Trajectories(
+        replace(
+            info,
+            finished=info.finished & (info.response_tokens <= limit),
+            response_tokens=np.minimum(info.response_tokens, limit),
+        ),
+        shard.prompt,
+        Ragged.from_rows([shard.response[i][:limit] for i in range(len(shard))], np.int32),
+        Ragged.from_rows([shard.sampler_logprobs[i][:limit] for i in range(len(shard))], np.float32),
+    )
+
+
+@ray.remote(num_cpus=0)
+def grade(
+    path: Path, tokenizer: str, prompts: PromptSet, shards: list[Any], rewards: list[Any], grader: str | None
+) -> dict[str, float | None]:
+    """A model's metrics over its responses, which are written to `path`. `shards`, `rewards`: references."""
+    shards, rewards = ray.get(shards), ray.get(rewards)
+    rows = text_rows(cached_tokenizer(tokenizer), prompts, shards, rewards)
+    tokens = {int(s.info.sample_id[i]): s.response[i].tolist() for s in shards for i in range(len(s))}
+    columns: list[str] = []
+    if grader is not None:
+        function = load_grader(grader)
+        for row in rows:
+            at = row["sample_id"]
+            record = {**prompts.records[at], "id": prompts.ids[at], "messages": prompts.messages[at]}
+            grades = function(record, row["response"], row["finished"])
+            columns = list(grades)
+            row.update(grades)
+    write_rows(path, rows)
+    responses = [tokens[row["sample_id"]] for row in rows]
+    return {
+        "reward": mean(row["reward"] for row in rows),
+        **{column: mean(row[column] for row in rows) for column in columns},
+        **response_metrics(responses, [row["response"] for row in rows], [row["finished"] for row in rows]),
+    }

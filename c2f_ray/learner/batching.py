@@ -1,0 +1,147 @@
+"""How one update's samples are laid out over ranks and micro-batches.
+
+Invariants: every sample is in exactly one micro-batch of one rank; every rank has the same number of micro-batches
+(ranks meet in a collective in each); the layout is a pure function of the lengths, ties broken by order.
+"""
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
+
+
+@dataclass(frozen=True)
+class UpdateBatch:
+    """What the driver adds to the shards: N sampled trajectories (greedy rollouts left out), in any order."""
+
+    sample_id: Int64  # [N]
+    reward: NDArray[np.float32]  # [N]
+    baseline: NDArray[np.float32]  # [N] reward of the same prompt's greedy rollout
+
+
+def split_by_tokens(lengths: Int64, num_ranks: int) -> list[Int64]:
+    """Rows for each rank, ascending: the longest row left goes to the rank with the fewest tokens (Graham's LPT rule).
+
+    ``lengths`` [N] in tokens. No two ranks differ by more tokens than the longest row has, and the largest has at
+    most 4/3 of what it would have in the best possible split (Graham 1969).
+    """
+    loads = [(0, rank) for rank in range(num_ranks)]
+    rows: list[list[int]] = [[] for _ in range(num_ranks)]
+    for row in np.argsort(-lengths, kind="stable"):
+        tokens, rank = heapq.heappop(loads)
+        rows[rank].append(int(row))
+        heapq.heappush(loads, (tokens + int(lengths[row]), rank))
+    return [np.array(sorted(part), dtype=np.int64) for part in rows]
+
+
+def micro_batches(lengths: Int64, max_tokens: int) -> list[Int64]:
+    """Rows of similar length together, longest first, with at most ``max_tokens`` = longest x rows, padding included.
+
+    A row longer than ``max_tokens`` is a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    for row in np.argsort(-lengths, kind="stable"):
+        if batches and int(lengths[batches[-1][0]]) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(int(row))
+        else:
+            batches.append([int(row)])
+    return [np.array(batch, dtype=np.int64) for batch in batches]
+
+
+def plan(lengths: Int64, num_ranks: int, max_tokens: int) -> list[list[Int64]]:
+    """``[rank][micro-batch] -> rows`` of ``lengths`` [N].
+
+    As many micro-batches as the rank that needs most, on all ranks, and as even as they can be: that shrinks the
+    largest, and with it padding and the time that ranks wait for each other in every micro-batch's collective.
+    """
+    parts = split_by_tokens(lengths, num_ranks)
+    count = max(len(micro_batches(lengths[rows], max_tokens)) for rows in parts)
+    return [[rows[batch] for batch in even_micro_batches(lengths[rows], max_tokens, count)] for rows in parts]
+
+
+def even_micro_batches(lengths: Int64, max_tokens: int, count: int) -> list[Int64]:
+    """Exactly ``count``, at the smallest size in padded tokens that needs no more; empty ones where rows run out."""
+    size = bisect_left(range(max_tokens), -count, key=lambda tokens: -len(micro_batches(lengths, tokens)))
+    batches = micro_batches(lengths, size)
+    while len(batches) < min(count, len(lengths)):
+        largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+        half = (len(batches[largest]) + 1) // 2
+        batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
+    return batches + [np.empty(0, dtype=np.int64)] * (count - len(batches))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B trajectories padded at the right to S tokens, and to T response tokens; R response tokens together.
+
+    Padding is zero, and nothing reads it. Without rows the tensors have one row of nothing but padding: a rank that
+    has run out of samples still meets the others in the collectives.
+    """
+
+    rows: Int64  # [B] of the update's samples
+    input_ids: Tensor  # int64 [B, S]
+    predicts: Tensor  # bool [B, S]: the next token is a response token
+    targets: Tensor  # int64 [R]: the response tokens, row by row
+    mask: Tensor  # bool [B, T]: response tokens
+    sampler_logprobs: Tensor  # float32 [R]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``ResponseLogprobs`` takes."""
+        return self.input_ids, self.predicts, self.targets
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "rows"}
+        return MicroBatch(self.rows, **moved)
+
+    def unflatten(self, values: Tensor) -> Tensor:
+        """[R] to [B, T], zero outside the mask; keeps the gradient."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+class Samples:
+    """The sampled trajectories of all shards, greedy rollouts left out, read in place.
+
+    Row i has the i-th smallest sample id, so the order in which shards arrived leaves no trace.
+    """
+
+    def __init__(self, shards: Sequence[Trajectories]) -> None:
+        info = TrajectoryInfo.concat([shard.info for shard in shards])
+        order = np.argsort(info.sample_id, kind="stable")
+        order = order[~info.greedy[order]]
+        self.shards = shards
+        self.shard = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])[order]
+        self.row = np.concatenate([np.arange(len(shard)) for shard in shards])[order]
+        self.sample_id: Int64 = info.sample_id[order]
+        self.response_tokens: Int64 = info.response_tokens[order].astype(np.int64)
+        self.lengths: Int64 = info.prompt_tokens[order] + self.response_tokens  # in tokens
+
+    def _join(self, name: str, rows: Int64) -> Ragged:
+        parts = [getattr(self.shards[self.shard[row]], name)[self.row[row]] for row in rows]
+        return Ragged.from_rows(parts, getattr(self.shards[0], name).values.dtype.type)
+
+    def micro_batch(self, rows: Int64) -> MicroBatch:
+        """Copies these rows, and no others, into tensors on the CPU."""
+        prompt, response = self._join("prompt", rows), self._join("response", rows)
+        prompt_end = prompt.lengths.reshape(-1, 1) if len(rows) else np.zeros((1, 1), np.int64)
+        end = prompt_end + (response.lengths.reshape(-1, 1) if len(rows) else 0)
+        position = np.arange(max(1, end.max()))
+        is_response = (position >= prompt_end) & (position < end)
+        input_ids = np.zeros(is_response.shape, dtype=np.int64)
+        input_ids[position < prompt_end] = prompt.values
+        input_ids[is_response] = response.values
+        return MicroBatch(
+            rows=rows,
+            input_ids=torch.from_numpy(input_ids),
+            predicts=torch.from_numpy(np.roll(is_response, -1, axis=1)),
+            targets=torch.from_numpy(response.values.astype(np.int64)),
+            mask=torch.from_numpy(np.arange((end - prompt_end).max()) < end - prompt_end),
+            sampler_logprobs=torch.from_numpy(self._join("sampler_logprobs", rows).values),
+        )

@@ -1,0 +1,78 @@
+"""The learner's ranks, seen from the driver as one learner.
+
+Invariant: a call ends when all ranks have answered, or with the first rank's error, or at its deadline with the names
+of the ranks that did not answer.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import GetTimeoutError
+
+from c2f_ray.data.trajectory import Float32
+from c2f_ray.errors import DeadlineError
+from c2f_ray.learner.batching import UpdateBatch
+from c2f_ray.learner.rank import LearnerRank
+from c2f_ray.recipe.schema import Recipe
+from c2f_ray.waiting import wait_for_start
+
+
+class LearnerGroup:
+    """``learner.ranks`` actors, one DeepSpeed job together."""
+
+    def __init__(self, recipe: Recipe, total_updates: int) -> None:
+        """Tells the ranks to start. ``total_updates`` of the whole run, for the learning-rate schedule."""
+        self.recipe = recipe
+        gpus = recipe.learner.gpus_per_rank
+        actor = ray.remote(LearnerRank).options(
+            num_gpus=gpus,
+            num_cpus=0 if gpus else 1,
+            runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if gpus else "cpu"}},
+        )
+        self.ranks: list[Any] = [actor.remote(recipe, rank, total_updates) for rank in range(recipe.learner.ranks)]
+        meeting = self.ranks[0].rendezvous.remote()  # handed on as a reference: nothing waits here
+        self.started = [rank.start.remote(meeting) for rank in self.ranks]
+
+    def wait_until_ready(self) -> None:
+        needs = f"{self.recipe.learner.gpus_per_rank} GPU" if self.recipe.learner.gpus_per_rank else "1 CPU"
+        wait_for_start(self.started, self.recipe.cluster.start_timeout_s, "learner ranks", needs)
+
+    def connect(self, actors: list[Any]) -> None:
+        """Joins the rollout actors, before the first ``send_weights``."""
+        self._all("connect", actors)
+
+    def send_weights(self, version: int) -> None:
+        self._all("send_weights", version)
+
+    def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
+        """One update on one step's shards of Trajectories; they go to the ranks as references. Returns its metrics."""
+        return self._all("update", shards, ray.put(batch))[0]
+
+    def logprobs(self, shards: list[ObjectRef]) -> dict[int, Float32]:
+        """The policy's logprobs of the response tokens of all sampled trajectories, by sample id."""
+        found: dict[int, Float32] = {}
+        for part in self._all("logprobs", shards):
+            found |= part
+        return found
+
+    def export(self, folder: Path) -> None:
+        """Writes an ordinary Hugging Face folder, on rank 0's node; complete, or not there."""
+        self._all("export", folder.absolute())
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
+        timeout_s = self.recipe.learner.timeout_s
+        try:
+            return ray.get(refs, timeout=timeout_s)
+        except GetTimeoutError:
+            answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            silent = [str(rank) for rank, ref in enumerate(refs) if ref not in answered]
+            raise DeadlineError(
+                f"learner {method}: no answer from rank {', '.join(silent)} of {len(refs)} after {timeout_s:g} s"
+            ) from None

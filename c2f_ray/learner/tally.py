@@ -1,0 +1,50 @@
+"""What one rank counts and times during an update, and what becomes of it over all ranks."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed
+
+
+class Tally:
+    """Named sums, maxima and seconds. Every rank must name the same ones in the same order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums: dict[str, Tensor] = {}  # float64 scalars
+        self._maxima: dict[str, Tensor] = {}  # float64 scalars
+        self._seconds: dict[str, float] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        """Adds the sum of all elements to each name's total."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, device=self.device).sum(dtype=torch.float64)
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def peak(self, name: str, values: Tensor) -> None:
+        """Keeps the largest element seen, at least 0. ``values`` may be empty."""
+        before = self._maxima.get(name, torch.zeros((), dtype=torch.float64, device=self.device))
+        self._maxima[name] = torch.cat([values.flatten().double(), before.view(1)]).max()
+
+    @contextmanager
+    def seconds(self, name: str) -> Iterator[None]:
+        start = self._clock()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def reduce(self) -> dict[str, float]:
+        """Sums over the ranks, maxima and seconds of the rank with most. A collective."""
+        sums = torch.stack(list(self._sums.values()))
+        seconds = torch.tensor(list(self._seconds.values()), dtype=torch.float64, device=self.device)
+        maxima = torch.cat([torch.stack(list(self._maxima.values())), seconds])
+        distributed.all_reduce(sums, distributed.ReduceOp.SUM)
+        distributed.all_reduce(maxima, distributed.ReduceOp.MAX)
+        names = [*self._sums, *self._maxima, *self._seconds]
+        return dict(zip(names, torch.cat([sums, maxima]).tolist(), strict=True))

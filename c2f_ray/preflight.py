@@ -1,0 +1,134 @@
+"""Everything that can be known to be wrong before any actor starts, found together and told in one error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
+from c2f_ray.data.templates import chat_template
+from c2f_ray.errors import NotBuiltError, RecipeError
+from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.schema import ReMaxLearner, Reward, UltraRMReward
+from c2f_ray.reward.ultrarm import check_ultrarm_folder
+
+T = TypeVar("T")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of `train` found out on their way."""
+
+    prompts: PromptSet
+    total_steps: int
+
+
+def run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.run.folder) / recipe.run.name
+
+
+def check_train(recipe: Recipe, fresh: bool) -> Checked:
+    """Raises RecipeError with every problem that `train` would meet. Writes nothing."""
+    if not isinstance(recipe.learner, ReMaxLearner):
+        raise NotBuiltError(f"learner.algorithm: {recipe.learner.algorithm!r} cannot be run yet; use 'remax'")
+    problems: list[str] = []
+
+    def attempt(check: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return check(*args)
+        except NotBuiltError:
+            raise
+        except RecipeError as error:
+            problems.extend(error.problems)
+            return None
+
+    attempt(check_reward, recipe.reward)
+    config = attempt(check_model, "policy.model", recipe.policy.model)
+    prompts = attempt(training_prompts, recipe) if config else None
+    if config:
+        limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
+        attempt(check_context, config, *limits)
+    folder = run_folder(recipe)
+    if (folder / "metrics.jsonl").exists() and not fresh:
+        problems.append(f"run.name: {folder} holds a run already; choose another name, or start over with --fresh")
+    if problems or prompts is None:
+        raise RecipeError(*problems)
+    if recipe.run.steps is not None:
+        return Checked(prompts, recipe.run.steps)
+    assert recipe.run.epochs is not None  # the recipe has exactly one of the two
+    return Checked(prompts, ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step))
+
+
+def check_reward(reward: Reward) -> UltraRMReward:
+    if not isinstance(reward, UltraRMReward):
+        raise NotBuiltError(f"reward.kind: {reward.kind!r} cannot be run yet; use 'ultrarm'")
+    check_model("reward.model", reward.model)
+    if Path(reward.model).is_dir() and (wrong := check_ultrarm_folder(Path(reward.model))):
+        raise RecipeError(f"reward.model: {reward.model} {wrong}")
+    return reward
+
+
+def training_prompts(recipe: Recipe) -> PromptSet:
+    tokenizer = load_tokenizer(recipe.policy.model)
+    settings = recipe.prompts
+    source = PromptSource(
+        key="prompts.source",
+        source=settings.source,
+        split=settings.split,
+        field=settings.field,
+        turns=settings.turns,
+        system=settings.system,
+        num_prompts=settings.num_prompts,
+        seed=recipe.run.seed,
+    )
+    template = chat_template(recipe.policy.chat_template, tokenizer)
+    return build_prompt_set(source, tokenizer, template, settings.max_tokens, settings.too_long)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model)
+
+
+def check_model(key: str, model: str) -> PreTrainedConfig:
+    """The configuration of a model folder that has weights in safetensors and a tokenizer, or of a model on the hub."""
+    folder = Path(model)
+    if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir() or model.startswith((".", "/"))):
+        raise RecipeError(f"{key}: {model}: no such folder")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"{key}: {model}: no config.json; give a Hugging Face model folder")
+        if not any(folder.glob("*.safetensors")):
+            found = "only .bin files, which are pickles" if any(folder.glob("*.bin")) else "no weights"
+            raise RecipeError(f"{key}: {model}: holds {found}; convert or save the weights as safetensors")
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise RecipeError(
+                f"{key}: {model}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); save it beside the model"
+            )
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise RecipeError(f"{key}: {model}: neither a model folder nor a model on the hub: {first}") from None
+
+
+def check_context(config: PreTrainedConfig, prompt_key: str, prompt: int, response_key: str, response: int) -> None:
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and prompt + response > context:
+        raise RecipeError(
+            f"{prompt_key} {prompt} and {response_key} {response} together are {prompt + response} tokens, beyond "
+            f"the model's context of {context}; lower one of them"
+        )
+
+
+def check_resources(needs: dict[str, float], cluster: dict[str, Any]) -> None:
+    """Refuses a job that asks for more than the cluster has, however long it waited. `needs` by Ray resource name."""
+    for name, amount in needs.items():
+        if amount > cluster.get(name, 0):
+            raise RecipeError(
+                f"the recipe asks for {amount:g} {name}, and the cluster has {cluster.get(name, 0):g}; "
+                "lower rollout.actors, reward.workers or learner.ranks (or what each takes), or add nodes"
+            )

@@ -1,0 +1,94 @@
+"""Every number of the embedded world, importable without torch.
+
+Sizes are tokens unless said otherwise. All of it is ours: the papers' models are far too large to train in a demo.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+Effort = Literal["full", "smoke"]
+
+# The policy's plain template; a base folder has none of its own, so the recipe passes this one.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
+    "{% else %}Q:{{ message['content'] }}\nA:{% endif %}"
+    "{% endfor %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a world is trained; `digest` names the result: a world is only reused if it would be rebuilt alike."""
+
+    seed: int = 0
+    effort: Effort = "full"
+
+    # model shape, shared by the base, the instruct and the reward model
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    rope_theta: float = 100.0  # 10,000 leaves derivations at chance after the same number of steps
+    initializer_range: float = 0.1
+
+    # base: constant learning rate until the gate passes, then a linear cool-down
+    base_pages: int = 16
+    base_page_tokens: int = 96
+    base_lr: float = 3e-3
+    base_warmup_steps: int = 50
+    base_min_steps: int = 500
+    base_max_steps: int = 3000
+    base_cooldown_steps: int = 300
+    base_cooldown_page_tokens: int = 192
+    base_gate: float = 0.95  # share of questions whose forced derivation is right to the last digit
+
+    # instruct: a short fine-tuning of the base, response tokens only
+    instruct_steps: int = 100
+    instruct_rows: int = 64
+    instruct_lr: float = 4e-4
+    instruct_derived_share: float = 0.2  # without any, no merge ratio ever leaves the direct style
+
+    # reward model: Bradley-Terry over all pairs of prefixes of two responses to one question
+    reward_steps: int = 500
+    reward_prompts: int = 16
+    reward_short_share: float = 0.75
+    reward_lr: float = 1e-3
+    reward_max_response: int = 176
+    reward_gate: float = 0.9  # share of probe pairs ranked rightly, in the worst kind of pair
+
+    # prompts handed to the RL run
+    train_prompts: int = 4096
+    heldout_prompts: int = 128
+
+    @property
+    def gated(self) -> bool:
+        """Smoke worlds exist to test plumbing; their models have learned nothing worth a gate."""
+        return self.effort == "full"
+
+    def digest(self) -> str:
+        """Hash of the settings and of this package's source: a change in either means another world."""
+        hashed = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
+        for path in sorted(Path(__file__).parent.glob("*.py")):
+            hashed.update(path.read_bytes())
+        return hashed.hexdigest()
+
+
+def make_settings(seed: int, effort: Effort) -> Settings:
+    """The full world, or the same layout after a handful of steps."""
+    if effort == "full":
+        return Settings(seed=seed)
+    return Settings(
+        seed=seed,
+        effort="smoke",
+        base_min_steps=20,
+        base_max_steps=20,
+        base_cooldown_steps=5,
+        instruct_steps=5,
+        reward_steps=5,
+        reward_prompts=4,
+    )

@@ -1,0 +1,168 @@
+"""Training of the three models, each a stage; run by `world.py` as `python -m c2f_ray.tiny.train`.
+
+A stage reads what earlier stages saved, writes its own folder, and prints JSON lines on stdout: progress while it
+works and one `result` at its end. Stages run in processes of their own, so that two can train at once.
+"""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import MistralForCausalLM
+
+from c2f_ray.tiny import corpus, gates, models
+from c2f_ray.tiny.settings import Settings
+from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
+
+
+def report(**fields: object) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def optimizer(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+
+
+def apply_gradient(model: torch.nn.Module, optim: torch.optim.AdamW, loss: torch.Tensor, lr: float) -> None:
+    optim.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optim.param_groups:
+        group["lr"] = lr
+    optim.step()
+
+
+def train_base(settings: Settings) -> tuple[MistralForCausalLM, dict[str, float]]:
+    """A base at constant learning rate until it derives reliably (the transition is abrupt), then a cool-down."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(f"base {settings.seed}")
+    tokenizer = policy_tokenizer(False)
+    model = models.new_policy(settings)
+    optim = optimizer(model, settings.base_lr)
+    probe = gates.derivation_probe(settings.seed, tokenizer)
+
+    def step(lr: float, num_pages: int, page_tokens: int) -> None:
+        ids, weights = corpus.base_batch(rng, tokenizer, num_pages, page_tokens)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
+        weight = weights[:, 1:].reshape(-1)
+        apply_gradient(model, optim, (losses * weight).sum() / weight.sum(), lr)
+
+    right, done = 0.0, 0
+    while done < settings.base_max_steps:
+        step(
+            settings.base_lr * min(1.0, (done + 1) / settings.base_warmup_steps),
+            settings.base_pages,
+            settings.base_page_tokens,
+        )
+        done += 1
+        if done % 50 == 0:
+            right = gates.forced_derivations(model, probe)
+            report(stage="base", fraction=min(0.6, 0.6 * done / settings.base_min_steps), step=done, right=right)
+            if done >= settings.base_min_steps and right >= settings.base_gate:
+                break
+    pages = settings.base_pages * settings.base_page_tokens // settings.base_cooldown_page_tokens
+    for i in range(settings.base_cooldown_steps):
+        step(settings.base_lr * (1 - i / settings.base_cooldown_steps), pages, settings.base_cooldown_page_tokens)
+        if i % 50 == 49:
+            report(stage="base", fraction=0.6 + 0.4 * i / settings.base_cooldown_steps)
+    right = gates.forced_derivations(model, probe)
+    if settings.gated and right < settings.base_gate:
+        raise gates.GateError(
+            f"the base derives {right:.1%} of the probe questions rightly after {done} steps, below the gate of "
+            f"{settings.base_gate:.0%}: try another seed, or raise base_max_steps"
+        )
+    return model, {"forced_derivations": right, "steps": done + settings.base_cooldown_steps}
+
+
+def train_instruct(settings: Settings, model: MistralForCausalLM) -> MistralForCausalLM:
+    """The base fine-tuned to answer at once and stop; a few short derivations stay in, or no merge would find them."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(f"instruct {settings.seed}")
+    tokenizer = policy_tokenizer(False)
+    optim = optimizer(model, settings.instruct_lr)
+    model.train()
+    for i in range(settings.instruct_steps):
+        ids, labels = corpus.instruct_batch(rng, tokenizer, settings)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=corpus.IGNORED)
+        apply_gradient(model, optim, loss, settings.instruct_lr * (1 - i / settings.instruct_steps))
+        if i % 20 == 19:
+            report(stage="instruct", fraction=(i + 1) / settings.instruct_steps)
+    return model
+
+
+def preference_loss(scores: torch.Tensor, utilities: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry over prefixes (ours), with soft labels `sigmoid(u_i - u_j)`; rows 2i and 2i+1 are rivals.
+
+    Every prefix of a response competes with every prefix of its rival, which puts whole responses on one scale, and
+    with itself less its last token, which says where it went wrong. Arguments `[2 * prompts, time]`; a scalar.
+    """
+    margins = scores[0::2, :, None] - scores[1::2, None, :]
+    labels = torch.sigmoid(utilities[0::2, :, None] - utilities[1::2, None, :])
+    valid = scored[0::2, :, None] & scored[1::2, None, :]
+    rivals = F.binary_cross_entropy_with_logits(margins[valid], labels[valid])
+    follows = scored[:, 1:] & scored[:, :-1]
+    gains, labels = scores.diff(dim=1)[follows], torch.sigmoid(utilities.diff(dim=1)[follows])
+    return rivals + F.binary_cross_entropy_with_logits(gains, labels)
+
+
+def train_reward(settings: Settings, base: MistralForCausalLM) -> tuple[models.RewardModel, dict[str, float]]:
+    """A reward model from the base's weights, gated on minimal pairs."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(f"reward {settings.seed}")
+    tokenizer = reward_tokenizer()
+    model = models.new_reward(settings, base)
+    optim = optimizer(model, settings.reward_lr)
+    for i in range(settings.reward_steps):
+        # Telling right from wrong is learned on short responses, which are cheap; then the long ones join.
+        short = i < settings.reward_short_share * settings.reward_steps
+        max_checks = rng.choice((0, 0, 1) if short else (0, 1, 3, 9))
+        ids, attended, utilities, scored = corpus.reward_batch(rng, tokenizer, settings, max_checks)
+        loss = preference_loss(model(ids, attended), utilities, scored)
+        warm = min(1.0, (i + 1) / 20)
+        apply_gradient(model, optim, loss, settings.reward_lr * warm * (1 - i / settings.reward_steps))
+        if i % 20 == 19:
+            report(stage="reward", fraction=(i + 1) / settings.reward_steps, loss=loss.item())
+    if not settings.gated:
+        return model, {}
+    rates = gates.pair_rates(model.eval(), settings.seed)
+    kind, rate = min(rates.items(), key=lambda item: item[1])
+    if rate < settings.reward_gate:
+        raise gates.GateError(
+            f"the reward model ranks {rate:.1%} of the probe pairs '{kind}' rightly, below the gate of "
+            f"{settings.reward_gate:.0%}: try another seed, or raise reward_steps"
+        )
+    return model, rates
+
+
+def run_stage(stage: str, folder: Path, settings: Settings) -> None:
+    """Train one stage, save it below `folder`, report its wall time and gate numbers."""
+    began = time.monotonic()
+    gate: dict[str, float] = {}
+    if stage == "base":
+        base, gate = train_base(settings)
+        models.save_policy(base, folder / "base", with_template=False)
+    elif stage == "instruct":
+        instruct = train_instruct(settings, models.load_policy(folder / "base"))
+        models.save_policy(instruct, folder / "instruct", with_template=True)
+    else:
+        reward, gate = train_reward(settings, models.load_policy(folder / "base"))
+        models.save_reward(reward, folder / "reward")
+    report(stage=stage, fraction=1.0, result={"seconds": time.monotonic() - began, **gate})
+
+
+def main() -> None:
+    """`python -m c2f_ray.tiny.train FOLDER SETTINGS_JSON NUM_THREADS STAGE...`"""
+    folder, settings_json, num_threads, *stages = sys.argv[1:]
+    torch.set_num_threads(int(num_threads))
+    for stage in stages:
+        run_stage(stage, Path(folder), Settings(**json.loads(settings_json)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Every wait has a deadline, and names what it waited for."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+
+from c2f_ray.errors import DeadlineError
+
+
+def wait_for(refs: Any, timeout_s: float, what: str) -> Any:
+    """`ray.get` with a deadline. Raises DeadlineError saying that `what` gave no answer in `timeout_s` seconds."""
+    try:
+        return ray.get(refs, timeout=timeout_s)
+    except GetTimeoutError:
+        raise DeadlineError(f"{what}: no answer after {timeout_s:g} s") from None
+
+
+def wait_for_start(refs: list[Any], timeout_s: float, what: str, needs: str) -> Any:
+    """Waits for new actors. The error says what they need and what the cluster has free."""
+    try:
+        return ray.get(refs, timeout=timeout_s)
+    except GetTimeoutError:
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise DeadlineError(
+            f"{what}: {len(refs) - len(ready)} of {len(refs)} did not start in {timeout_s:g} s; "
+            f"each needs {needs}, and the cluster has {free or 'nothing'} free"
+        ) from None

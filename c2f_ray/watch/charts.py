@@ -1,0 +1,159 @@
+"""A run's charts, as SVG text to put into a page: colours are the page's CSS variables, so they follow its theme."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from c2f_ray.watch.metrics import MetricsLine
+
+# Matplotlib wants real colours: these stand in for CSS variables until the SVG is written.
+INK = "#00ff01"
+SERIES = ["#00ff02", "#00ff03", "#00ff04", "#00ff05", "#00ff06"]
+CSS_COLOURS = {INK: "var(--ink)"} | {colour: f"var(--series-{i + 1})" for i, colour in enumerate(SERIES)}
+STAGES = ("rollout", "reward", "learner", "weights", "other")
+Series = tuple[str, str, dict[str, Any]]  # metric, label, line style
+MAX_BARS = 80  # more steps than this share a bar
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "",  # replaced per chart: ids must not clash within one page
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+}
+
+
+def charts(lines: Sequence[MetricsLine]) -> dict[str, str]:
+    """Title and SVG of each chart for which the steps have numbers."""
+    drawn: dict[str, str] = {}
+    with mpl.rc_context(STYLE):
+        for title, draw in [
+            ("Reward", _reward),
+            ("Response length (tokens)", _length),
+            ("KL to the reference policy", _kl),
+            ("Time per step (s)", _time),
+        ]:
+            figure = draw(lines)
+            if figure is not None:
+                drawn[title] = _svg(figure, title)
+    return drawn
+
+
+def column(lines: Sequence[MetricsLine], key: str) -> NDArray[np.float64] | None:
+    """One metric by step, NaN where a step lacks it; None when every step does."""
+    values = np.array([np.nan if line.get(key) is None else line[key] for line in lines], np.float64)
+    return None if np.isnan(values).all() else values
+
+
+def _figure(rows: int = 1, height: float = 2.7) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    ratios = [3] + [1] * (rows - 1)
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return figure, list(axes)
+
+
+def _draw(axes: Axes, lines: Sequence[MetricsLine], series: Sequence[Series]) -> bool:
+    """Draw the series that the steps have; say whether there was any."""
+    steps = column(lines, "step")
+    found = False
+    for key, label, style in series:
+        values = column(lines, key)
+        if steps is not None and values is not None:
+            marker = "o" if np.isfinite(values).sum() < 3 else ""  # a line needs two points to be seen
+            axes.plot(steps, values, label=label, marker=marker, markersize=3, **style)
+            found = True
+    if found and len(series) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handlelength=1.4)
+    return found
+
+
+def _reward(lines: Sequence[MetricsLine]) -> Figure | None:
+    figure, (axes,) = _figure()
+    series: list[Series] = [
+        ("reward/mean", "sampled", {"color": SERIES[0]}),
+        ("reward/greedy_mean", "greedy", {"color": SERIES[1], "linestyle": "--"}),
+    ]
+    return figure if _draw(axes, lines, series) else None
+
+
+def _length(lines: Sequence[MetricsLine]) -> Figure | None:
+    figure, (axes, below) = _figure(rows=2, height=3.2)
+    series: list[Series] = [
+        ("length/mean", "mean", {"color": SERIES[0]}),
+        ("length/max", "longest", {"color": SERIES[2], "linewidth": 1}),
+        ("length/limit", "limit", {"color": INK, "linewidth": 1.2, "linestyle": ":"}),
+    ]
+    found = _draw(axes, lines, series)
+    axes.set_ylim(bottom=0)
+    _draw(below, lines, [("length/truncated", "truncated", {"color": SERIES[3]})])
+    below.set_ylim(-0.04, 1.04)
+    below.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    below.set_ylabel("truncated")
+    return figure if found else None
+
+
+def _kl(lines: Sequence[MetricsLine]) -> Figure | None:
+    figure, (axes,) = _figure()
+    axes.set_ylabel("nats per response")
+    return figure if _draw(axes, lines, [("kl/sequence", "KL", {"color": SERIES[0]})]) else None
+
+
+def _time(lines: Sequence[MetricsLine]) -> Figure | None:
+    steps = column(lines, "step")
+    found = {stage: column(lines, f"time/{stage}_s") for stage in STAGES}
+    stages = {stage: np.nan_to_num(seconds) for stage, seconds in found.items() if seconds is not None}
+    if steps is None or not stages:
+        return None
+    figure, (axes,) = _figure()
+    bars = np.array_split(np.arange(len(steps)), min(len(steps), MAX_BARS))
+    centres = [steps[bar].mean() for bar in bars]
+    bottom = np.zeros(len(bars))
+    for (stage, seconds), colour in zip(stages.items(), SERIES, strict=False):
+        heights = np.array([seconds[bar].mean() for bar in bars])
+        width = 0.86 * (steps[-1] - steps[0] + 1) / len(bars)
+        axes.bar(centres, heights, width, bottom, color=colour, label=stage, linewidth=0)
+        bottom += heights
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, borderaxespad=0.2, handlelength=0.9)
+    return figure
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": title}):  # a fixed salt per chart also makes the page reproducible
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that nothing refers to, the same in every chart
+    svg = re.sub(r'(<svg [^>]*?) ?width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?) ?height="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+    for stand_in, variable in CSS_COLOURS.items():
+        svg = svg.replace(stand_in, variable)
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)  # hundredths of a point are enough

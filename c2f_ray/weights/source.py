@@ -1,0 +1,99 @@
+"""The sending side's stream of weights: Hugging Face names, full tensors, the engine's dtype.
+
+Invariant: every learner rank walks the same layers in the same order, because under ZeRO-3 each gather is a
+collective. `weight_stream` yields tensors on the sending rank; the other ranks only take part in the gathers.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+Gather = Callable[[list[Parameter]], AbstractContextManager[object]]
+
+
+def no_gather(parameters: list[Parameter]) -> AbstractContextManager[None]:
+    """For parameters that every rank holds whole: a plain module, or ZeRO stages 0 to 2."""
+    return nullcontext()
+
+
+class TensorInfo(NamedTuple):
+    """One line of the manifest that both sides cut the stream by."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class ModuleWeights:
+    """vLLM's `WeightSource` over a module, by duck typing: its `metadata` and a fresh iteration for each transfer.
+
+    `gather` makes a list of parameters whole while its context is open; `deepspeed.zero.GatheredParameters` is one.
+    One decoder layer is whole at a time. Tied parameters are sent once, under their first name.
+    """
+
+    def __init__(self, module: Module, dtype: torch.dtype, gather: Gather = no_gather) -> None:
+        self.module = module
+        self.dtype = dtype
+        self.gather = gather
+        self.sums: list[Tensor] = []
+
+    def metadata(self) -> list[TensorInfo]:
+        """The manifest. Gathers nothing: a ZeRO-3 parameter carries its full shape as `ds_shape`."""
+        return [
+            TensorInfo(name, self.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self.module.named_parameters()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, contiguous copy in the engine's dtype), with the checksum taken on the way."""
+        self.sums = []
+        for layer in self._layers():
+            with self.gather([parameter for _, parameter in layer]):
+                for name, parameter in layer:
+                    tensor = parameter.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+                    self.sums.append(_integer_sum(tensor))
+                    yield name, tensor
+
+    def take_part(self) -> None:
+        """A rank that does not send: opens and closes the gathers of one iteration."""
+        for layer in self._layers():
+            with self.gather([parameter for _, parameter in layer]):
+                pass
+
+    def checksum(self) -> int:
+        """Of all that the last complete iteration yielded."""
+        return _total(self.sums)
+
+    def _layers(self) -> Iterator[list[tuple[str, Parameter]]]:
+        for _, layer in groupby(self.module.named_parameters(), key=lambda item: _layer(item[0])):
+            yield list(layer)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """The sum, modulo 2^64, of all elements' bits read as integers. Ours.
+
+    It does not depend on the order, so fusing q, k and v into one tensor keeps it, and zero padding adds nothing.
+    """
+    return _total([_integer_sum(tensor) for tensor in tensors])
+
+
+def _integer_sum(tensor: Tensor) -> Tensor:
+    """int64 scalar on the tensor's device, so that nothing waits for the device while a transfer runs."""
+    integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.detach().view(integer).sum(dtype=torch.int64)
+
+
+def _total(sums: list[Tensor]) -> int:
+    return int(torch.stack(sums).sum())
+
+
+def _layer(name: str) -> str | None:
+    """`model.layers.3.mlp.up_proj.weight` is of layer `model.layers.3`; embeddings and the head are of none."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else None

@@ -1,0 +1,173 @@
+"""The whole chain as a user types it, on the tiny world's layout with barely trained models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from c2f_ray import load_recipe, train
+from c2f_ray.data.trajectory import Ragged
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = [
+    "run.steps=3", "run.deterministic=true", "prompts.per_step=12", "rollout.shard_samples=8",
+    "length.max_tokens=24", "merge.ratios=[0, 0.5]", "evaluate.num_prompts=12", "evaluate.max_tokens=32",
+]  # fmt: skip
+STEPS, PROMPTS = 3, 12
+
+
+def c2f_ray(folder: Path, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "c2f_ray", *arguments]
+    env = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which configs/tiny.yaml finds its world."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    (folder / "configs").symlink_to(CONFIGS, target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """The folder of a run that was trained, merged, evaluated and reported by the four commands."""
+    expected = {
+        "train": "coarse actor: runs/tiny/coarse",
+        "merge": "fine actor: runs/tiny/fine/residue-0.5",
+        "evaluate": "interpolate-0.5",
+    }
+    for command, said in expected.items():
+        done = c2f_ray(folder, command, "configs/tiny.yaml", *SMALL)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert said in done.stdout.replace(str(folder) + "/", "")
+    done = c2f_ray(folder, "report", "runs/tiny")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "runs" / "tiny"
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    """Without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_every_sample_is_trained_on_once_and_can_be_read(run: Path):
+    metrics = metrics_of(run)
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert [line["weights/version"] for line in metrics] == [1, 2, 3]
+    seen: list[str] = []
+    for step in range(1, STEPS + 1):
+        rows = pq.read_table(run / "trajectories" / f"step_{step:06d}.parquet").to_pylist()
+        assert [row["sample_id"] for row in rows] == list(range(2 * PROMPTS))
+        assert [row["greedy"] for row in rows] == [False, True] * PROMPTS
+        assert {row["weight_version"] for row in rows} == {step - 1}
+        sampled = [row for row in rows if not row["greedy"]]
+        assert sum(row["response_tokens"] for row in sampled) == metrics[step - 1]["learner/tokens"]
+        assert sum(row["reward"] for row in sampled) / PROMPTS == pytest.approx(metrics[step - 1]["reward/mean"])
+        assert all(row["response_tokens"] <= metrics[step - 1]["length/limit"] for row in rows)
+        assert all(row["prompt"].startswith("Q:") and row["prompt"].endswith("?\nA:") for row in rows)
+        seen += [row["prompt_id"] for row in sampled]
+    assert len(set(seen)) == STEPS * PROMPTS, "no prompt comes twice in an epoch"
+
+
+def test_the_first_step_has_no_kl_and_the_limit_starts_where_the_recipe_says(run: Path):
+    first, *_, last = metrics_of(run)
+    assert first["kl/sequence"] == pytest.approx(0, abs=1e-6)
+    assert last["kl/sequence"] != 0
+    assert (first["length/limit"], first["cm/p"], first["cm/limit"]) == (16, 0.5, 18.5)
+
+
+def test_the_table_and_the_report_name_every_model(run: Path):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    limit = int(json.loads((run / "state.json").read_text())["length"]["limit"])
+    names = ["base", "instruct", "coarse", f"coarse@{limit}"]
+    names += [f"{method}-{ratio}" for method in ("interpolate", "residue") for ratio in (0.0, 0.5)]
+    assert [model["name"] for model in evaluation["models"]] == names
+    by_name = {model["name"]: model["metrics"] for model in evaluation["models"]}
+    assert by_name["residue-0.0"] == by_name["interpolate-0.0"] == by_name["instruct"], "ratio 0 is the instruct model"
+    assert by_name["coarse"] != by_name["base"]
+    assert by_name[f"coarse@{limit}"]["length"] <= limit < by_name["coarse"]["length"]
+    report = (run / "report.html").read_text()
+    assert all(name in report for name in names)
+    assert "http://" not in report.replace("http://www.w3.org/", "")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
+    run: Path, folder: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+):
+    """The same run again, as a driver script would call it, in a process that refuses to unpickle ragged batches."""
+
+    def refuse(self: Ragged, state: object) -> None:
+        raise AssertionError("the driver unpickled token ids")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(Ragged, "__setstate__", refuse, raising=False)
+    again = train(load_recipe("configs/tiny.yaml", "run.name=again", *SMALL))
+    assert metrics_of(again) == metrics_of(run)
+    weights = [(path / "coarse" / "model.safetensors").read_bytes() for path in (run, again)]
+    assert weights[0] == weights[1]
+    base = (folder / ".cache" / "tiny" / "base" / "model.safetensors").read_bytes()
+    assert weights[0] != base
+    with pytest.raises(Exception, match="the driver unpickled token ids"):
+        ray.get(ray.put(Ragged.from_rows([[1]], int)))  # the guard works
+
+
+PLAIN = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams
+
+texts = {}
+for folder in sys.argv[2:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = sys.argv[1]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    engine = LLM(folder, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=2**26, max_model_len=128)
+    (served,) = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=24))
+    texts[folder] = [tokenizer.decode(out, skip_special_tokens=True), served.outputs[0].text]
+    del engine
+print("RESULT" + json.dumps(texts))
+"""
+
+
+def test_coarse_and_fine_load_in_plain_transformers_and_plain_vllm(run: Path):
+    """With no code of ours: the same greedy text from both."""
+    folders = [str(run / "coarse"), str(run / "fine" / "residue-0.5")]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, "Q:b=c,a=2,f=e,e=a,c=3,d=f,b?\nA:", *folders],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1", "VLLM_PLUGINS": ""},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = json.loads(done.stdout.split("RESULT")[1])
+    for transformers_text, vllm_text in texts.values():
+        assert transformers_text == vllm_text != ""
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("learner.optimizer.lrr=1", "error: learner.optimizer.lrr: unknown key; did you mean learner.optimizer.lr?"),
+        ("policy.model=nowhere", "error: policy.model: nowhere: no such folder"),
+        (
+            "rollout.gpus_per_actor=8 learner.gpus_per_rank=1",
+            "error: the recipe asks for 10 GPU, and the cluster has 0; lower rollout.actors",
+        ),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, override: str, problem: str):
+    done = c2f_ray(folder, "train", "configs/tiny.yaml", "run.name=bad", *override.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(problem), done.stderr
+    assert not (folder / "runs" / "bad").exists()

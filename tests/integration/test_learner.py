@@ -1,0 +1,201 @@
+"""The learner with real DeepSpeed ranks over gloo, against a plain single-process computation of the same update."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.exceptions import RayActorError
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
+from c2f_ray.errors import DeadlineError, NonFiniteUpdateError
+from c2f_ray.learner.batching import UpdateBatch
+from c2f_ray.learner.group import LearnerGroup
+from c2f_ray.recipe.schema import Recipe
+
+VOCABULARY = 64
+UPDATES = 2
+LR, WEIGHT_DECAY, MAX_GRAD_NORM, KL, CLIP = 3e-4, 0.1, 0.05, 0.2, 0.8
+
+
+def recipe(policy: Path, **learner) -> Recipe:
+    optimizer = {
+        "lr": LR, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM, "schedule": "linear",
+        "warmup_steps": 1,
+    }  # fmt: skip
+    remax = {"algorithm": "remax", "kl_coefficient": KL, "reward_clip": CLIP, "gpus_per_rank": 0, "timeout_s": 60}
+    return Recipe.model_validate(
+        {
+            "run": {"name": "test", "steps": UPDATES, "deterministic": True},
+            "policy": {"model": str(policy), "dtype": "float32"},
+            "prompts": {"source": "prompts.jsonl"},
+            "length": {"rule": "fixed", "max_tokens": 32},
+            "rollout": {"gpus_per_actor": 0},
+            "reward": {"kind": "function", "function": "rewards:score"},
+            "learner": remax | {"optimizer": optimizer} | learner,
+        }
+    )
+
+
+def trajectories(seed: int) -> Trajectories:
+    """12 prompts with a sample and a greedy rollout each; ids are shuffled, the greedy ones odd."""
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(24)
+    prompts = [rng.integers(3, VOCABULARY, rng.integers(2, 12)) for _ in ids]
+    responses = [rng.integers(3, VOCABULARY, rng.integers(1, 32)) for _ in ids]
+    info = TrajectoryInfo(
+        sample_id=ids.astype(np.int64),
+        prompt_row=ids // 2,
+        greedy=ids % 2 == 1,
+        finished=np.ones(24, bool),
+        prompt_tokens=np.array([len(row) for row in prompts], np.int32),
+        response_tokens=np.array([len(row) for row in responses], np.int32),
+        weight_version=np.zeros(24, np.int32),
+    )
+    return Trajectories(
+        info,
+        Ragged.from_rows(prompts, np.int32),
+        Ragged.from_rows(responses, np.int32),
+        Ragged.from_rows([np.full(len(row), -4.0) for row in responses], np.float32),
+    )
+
+
+def shards(everything: Trajectories, order: int = 1) -> list:
+    """Three shards of uneven size; `order` -1 puts them, and their rows, the other way round."""
+    return [ray.put(everything.select(rows[::order])) for rows in np.split(np.arange(24), [5, 14])][::order]
+
+
+def batch(seed: int, order: int = 1) -> UpdateBatch:
+    rng = np.random.default_rng(seed + 100)
+    reward, baseline = rng.normal(size=(2, 12)).astype(np.float32)
+    return UpdateBatch(np.arange(0, 24, 2)[::order], reward[::order], baseline[::order])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    address = os.environ.pop("RAY_ADDRESS", None)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks cannot import this file
+    ray.init(num_cpus=4, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
+    yield
+    ray.shutdown()
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamespace:
+    """UPDATES updates by a group of its own."""
+    group = LearnerGroup(recipe(policy, **learner), UPDATES)
+    group.wait_until_ready()
+    run = SimpleNamespace(metrics=[], folder=folder)
+    for update in range(UPDATES):
+        run.metrics.append(group.update(shards(trajectories(update), order), batch(update, order)))
+        if update == 0:
+            run.gradients = ray.get([rank.__ray_call__.remote(clipped_gradients) for rank in group.ranks])[0]
+    run.logprobs = group.logprobs(shards(trajectories(0), order))
+    group.export(folder)
+    group.close()
+    run.weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return run
+
+
+def clipped_gradients(rank) -> dict:
+    """After a first update AdamW's first moment is (1 - beta1) times the clipped gradient."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    moments = {name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in rank.policy.model.named_parameters()}
+    return {name: moment.clone() / 0.1 for name, moment in moments.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, policy, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("runs")
+    return SimpleNamespace(
+        two=learn(policy, folder / "two", ranks=2),
+        other_order=learn(policy, folder / "other_order", order=-1, ranks=2),
+        one=learn(policy, folder / "one", ranks=1),
+        small=learn(policy, folder / "small", ranks=2, tokens_per_microbatch=64),
+    )
+
+
+def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
+    """The same updates with nothing but torch: one sequence at a time, loops over tokens, torch's AdamW and clip."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
+    reference = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    plain = SimpleNamespace(loss=[], kl=[], norm=[])
+    for update, lr in enumerate([LR, LR]):  # warm-up's only update, then the first of the linear fall
+        everything, scores = trajectories(update), batch(update)
+        rows = {int(i): row for row, i in enumerate(everything.info.sample_id)}
+        loss, kl_sum, tokens = 0.0, 0.0, 0
+        for sample, reward, baseline in zip(scores.sample_id, scores.reward, scores.baseline, strict=True):
+            prompt, response = everything.prompt[rows[sample]], everything.response[rows[sample]]
+            logprobs = response_logprobs(model, prompt, response)
+            kl = (logprobs - response_logprobs(reference, prompt, response)).detach()
+            advantage = min(max(float(reward) - float(baseline), -CLIP), CLIP)
+            for t in range(len(response)):
+                loss = loss - (advantage - KL * sum(kl[t:])) * logprobs[t]
+            kl_sum += float(kl.sum())
+            tokens += len(response)
+        loss = loss / tokens
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if update == 0:
+            plain.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        plain.loss.append(loss.item())
+        plain.kl.append(kl_sum / len(scores.sample_id))
+        plain.norm.append(norm.item())
+    plain.weights = model.state_dict()
+    return plain
+
+
+def response_logprobs(model, prompt, response) -> torch.Tensor:
+    ids = torch.tensor(np.concatenate([prompt, response]), dtype=torch.long)
+    logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[torch.arange(len(response)), ids[len(prompt) :]]
+
+
+@pytest.fixture(scope="module")
+def plain(policy) -> SimpleNamespace:
+    return plain_updates(policy, torch.float64)
+
+
+def distance(ours: dict, theirs: dict, start: dict | None = None) -> float:
+    """Norm of the difference, relative to the norm of `theirs` (counted from `start`), over all tensors together."""
+    difference = sum((ours[n].double() - theirs[n].double()).square().sum() for n in theirs)
+    size = sum((theirs[n].double() - (start[n].double() if start else 0)).square().sum() for n in theirs)
+    return float((difference / size).sqrt())
+
+
+def test_updates_equal_plain_torch(runs, plain, policy):
+    assert runs.two.gradients.keys() == plain.gradients.keys()
+    print("gradients", distance(runs.two.gradients, plain.gradients), "weights", distance(runs.two.weights, plain.weights),
+      "change", distance(runs.two.weights, plain.weights, AutoModelForCausalLM.from_pretrained(policy).state_dict()))
+    for m in runs.two.metrics: print(m)
+    print(plain.loss, plain.kl, plain.norm)
+    for other in (runs.one, runs.small): print(distance(other.gradients, runs.two.gradients), distance(other.weights, runs.two.weights))
+    print(Path(runs.two.folder / "model.safetensors").read_bytes() == Path(runs.other_order.folder / "model.safetensors").read_bytes())

@@ -1,0 +1,274 @@
+"""The merge job on real folders, in real Ray tasks."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from c2f_ray.errors import C2FError, DeadlineError, RecipeError
+from c2f_ray.merging.job import merge_models
+
+ROLES = ("base", "coarse", "instruct")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    temp = tempfile.mkdtemp(prefix="c2f-", dir="/tmp")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=temp)
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+def make_models(root: Path, dtype: torch.dtype, tied: bool, max_shard_size: str) -> dict[str, Path]:
+    """Three random Mistral folders; each in its own sharding when ``max_shard_size`` is small."""
+    config = MistralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    folders = {}
+    for seed, role in enumerate(ROLES):
+        torch.manual_seed(seed)
+        model = MistralForCausalLM(config).to(dtype)
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.5)
+        folders[role] = root / role
+        # The base model is never sharded: inputs need not be split alike.
+        model.save_pretrained(folders[role], max_shard_size="1GB" if role == "base" else max_shard_size)
+    (folders["instruct"] / "tokenizer_config.json").write_text('{"added_by": "instruct"}')
+    (folders["instruct"] / "chat_template.jinja").write_text("{{ messages }}")
+    (folders["instruct"] / "notes.md").write_text("not for the fine actor")
+    return folders
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def nearest_bf16(values: np.ndarray) -> np.ndarray:
+    bits = values.view(np.uint32)
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16).view(np.float32)
+
+
+def expected_values(method: str, ratio: float, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """The formulas in numpy's float32, on their own."""
+    ratio32, rest32 = np.float32(ratio), np.float32(1 - ratio)
+    if method == "residue":
+        return tensors["instruct"] + ratio32 * (tensors["coarse"] - tensors["base"])
+    return rest32 * tensors["instruct"] + ratio32 * tensors["coarse"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "16KB"])
+def test_every_element_of_every_output(cluster, tmp_path, dtype, tied, max_shard_size):
+    models = make_models(tmp_path, dtype, tied, max_shard_size)
+    assert (models["coarse"] / "model.safetensors.index.json").exists() == (max_shard_size == "16KB")
+    limit = 20_000 if max_shard_size == "16KB" else 10**9
+    methods, ratios = ["residue", "interpolate"], [0.0, 0.3, 1.0]
+    out = tmp_path / "fine"
+    folders = merge_models(
+        **models, methods=methods, ratios=ratios, allow=[], dtype=None, out=out, max_shard_bytes=limit
+    )
+    assert [folder.name for folder in folders] == [f"{m}-{r:g}" for m in methods for r in ratios]
+    assert sorted(out.iterdir()) == sorted(folders)
+    assert not (tmp_path / "fine.partial").exists()
+
+    inputs = {role: load_folder(folder) for role, folder in models.items()}
+    for folder in folders:
+        method, ratio = folder.name.split("-")
+        fine = load_folder(folder)
+        assert set(fine) == set(inputs["instruct"])
+        assert ("lm_head.weight" in fine) != tied
+        for name, tensor in fine.items():
+            assert tensor.dtype == dtype
+            wide = {role: tensors[name].float().numpy() for role, tensors in inputs.items()}
+            values = expected_values(method, float(ratio), wide)
+            values = values if dtype == torch.float32 else nearest_bf16(values)
+            assert np.array_equal(tensor.float().numpy(), values), (folder.name, name)
+
+    def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+        return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+    assert bits(load_folder(out / "residue-0")) == bits(inputs["instruct"])
+    assert bits(load_folder(out / "interpolate-0")) == bits(inputs["instruct"])
+    assert bits(load_folder(out / "interpolate-1")) == bits(inputs["coarse"])
+    # A residue at ratio 1 keeps what instruct has beyond base.
+    assert bits(load_folder(out / "residue-1")) != bits(inputs["coarse"])
+
+
+def test_a_fine_folder_is_an_ordinary_one(cluster, tmp_path):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    (folder,) = merge_models(
+        **models,
+        methods=["residue"],
+        ratios=[0.4],
+        allow=[],
+        dtype="bfloat16",
+        out=tmp_path / "fine",
+        max_shard_bytes=20_000,
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.get_input_embeddings().weight.equal(load_folder(folder)["model.embed_tokens.weight"])
+
+    weight_files = sorted(file.name for file in folder.glob("*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(weight_files) > 1
+    assert sorted(set(index["weight_map"].values())) == weight_files
+    assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in model.parameters())
+
+    others = {file.name for file in folder.iterdir()} - set(weight_files)
+    assert others == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merge.json",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+    }
+    assert (folder / "tokenizer_config.json").read_text() == '{"added_by": "instruct"}'
+
+
+def test_the_manifest_can_be_checked_by_hand(cluster, tmp_path):
+    models = make_models(tmp_path, torch.bfloat16, tied=False, max_shard_size="16KB")
+    folders = merge_models(
+        **models, methods=["residue", "interpolate"], ratios=[0.25], allow=[], dtype=None, out=tmp_path / "fine"
+    )
+    manifests = [json.loads((folder / "merge.json").read_text()) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        assert manifest["ratio"] == 0.25
+        assert manifest["files_sha256"] == {
+            "model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        }
+    assert manifests[0]["formula"] == "fine = instruct + ratio * (coarse - base)"
+    assert set(manifests[0]["inputs"]) == set(ROLES)
+    assert set(manifests[1]["inputs"]) == {"coarse", "instruct"}  # interpolation has no use for the base model
+    for role, said in manifests[0]["inputs"].items():
+        lines = "".join(
+            f"{name} {hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()}\n"
+            for name, tensor in sorted(load_folder(models[role]).items())
+        )
+        assert said["tensors_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+        assert said["folder"] == str(models[role])
+    assert manifests[0]["inputs"]["coarse"]["tensors_sha256"] in (folders[0] / "README.md").read_text()
+
+
+def change_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def crop_embeddings(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+
+
+REFUSALS = {
+    "rope_theta is 10000.0 in base, 10000.0 in coarse, 1000000.0 in instruct": lambda models: change_config(
+        models["instruct"], rope_parameters={"rope_theta": 1e6, "rope_type": "default"}
+    ),
+    "only pickled .bin weights": lambda models: (models["instruct"] / "model.safetensors").rename(
+        models["instruct"] / "pytorch_model.bin"
+    ),
+    "tensor model.norm.weight is in base, instruct but not in coarse": lambda models: change_tensors(
+        models["coarse"], lambda tensors: tensors.pop("model.norm.weight")
+    ),
+    "model.embed_tokens.weight has shape [96, 32] in base, [96, 32] in coarse, [95, 32] in instruct": (
+        lambda models: change_tensors(models["instruct"], crop_embeddings)
+    ),
+}
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_a_refusal_leaves_nothing_written(tmp_path, said):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    REFUSALS[said](models)
+    with pytest.raises(RecipeError) as refusal:
+        merge_models(**models, methods=["residue"], ratios=[0.4], allow=[], dtype=None, out=tmp_path / "fine")
+    assert said in str(refusal.value)
+    assert {path.name for path in tmp_path.iterdir()} == set(models)
+
+
+def test_an_allowed_difference_is_merged_and_recorded(cluster, tmp_path):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    change_config(models["instruct"], rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    (folder,) = merge_models(
+        **models, methods=["residue"], ratios=[0.4], allow=["rope_theta"], dtype=None, out=tmp_path / "fine"
+    )
+    assert json.loads((folder / "merge.json").read_text())["allow"] == ["rope_theta"]
+    assert json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"] == 1e6
+
+
+def test_an_existing_model_is_not_overwritten(cluster, tmp_path):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    request = dict(**models, methods=["residue"], allow=[], dtype=None, out=tmp_path / "fine")
+    (folder,) = merge_models(**request, ratios=[0.4])
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    with pytest.raises(RecipeError, match=r"residue-0\.4 exists and is not overwritten"):
+        merge_models(**request, ratios=[0.2, 0.4])
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["residue-0.4"]
+    # A killed job leaves its work in `fine.partial`, which the next one replaces.
+    half = tmp_path / "fine.partial" / "residue-0.1"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    merge_models(**request, ratios=[0.2])
+    assert not half.parent.exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["residue-0.2", "residue-0.4"]
+
+
+def test_a_failure_halfway_leaves_no_folder(cluster, tmp_path):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    change_tensors(models["coarse"], lambda tensors: tensors["model.norm.weight"].fill_(1e38))
+    with pytest.raises(C2FError, match=r"residue-0\.5 has values in model\.norm\.weight that are not finite in F16"):
+        merge_models(
+            **models,
+            methods=["residue"],
+            ratios=[0.0, 0.5],
+            allow=[],
+            dtype="float16",
+            out=tmp_path / "fine",
+            max_shard_bytes=20_000,
+        )
+    assert {path.name for path in tmp_path.iterdir()} == set(models)
+
+
+def test_a_cluster_without_room_is_named_at_the_deadline(cluster, tmp_path):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    group = ray.util.placement_group([{"CPU": 2}])  # takes all there is
+    ray.get(group.ready(), timeout=60)
+    try:
+        with pytest.raises(DeadlineError, match=r"none of model\.safetensors was finished in 1 s.*the cluster has 2"):
+            merge_models(
+                **models,
+                methods=["residue"],
+                ratios=[0.4],
+                allow=[],
+                dtype=None,
+                out=tmp_path / "fine",
+                timeout_s=1,
+            )
+    finally:
+        ray.util.remove_placement_group(group)
+    assert {path.name for path in tmp_path.iterdir()} == set(models)

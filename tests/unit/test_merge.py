@@ -1,0 +1,238 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from c2f_ray.errors import C2FError, RecipeError
+from c2f_ray.merging.compatibility import check_models, model_folder, read_tensors
+from c2f_ray.merging.methods import merge_tensor
+from c2f_ray.merging.shards import Variant, merge_shard, plan_shards
+
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def write_model(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **changes) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MISTRAL | changes))
+    save_file({"a": torch.ones(3)} if tensors is None else tensors, folder / "model.safetensors")
+    return folder
+
+
+def round_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bits, to nearest, ties to even, by integer arithmetic."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def test_hand_worked_merges():
+    inputs = {
+        "instruct": torch.tensor([1.0, -2.0]),
+        "coarse": torch.tensor([3.0, 6.0]),
+        "base": torch.tensor([2.0, 2.0]),
+    }
+    # residue 0.5: 1 + 0.5 * (3 - 2), -2 + 0.5 * (6 - 2); interpolate 0.25: 0.75 * 1 + 0.25 * 3, 0.75 * -2 + 0.25 * 6
+    assert merge_tensor("residue", inputs, 0.5, torch.float32).tolist() == [1.5, 0.0]
+    assert merge_tensor("interpolate", inputs, 0.25, torch.float32).tolist() == [1.5, 0.0]
+    # The two differ by ratio * (instruct - base).
+    difference = merge_tensor("residue", inputs, 0.5, torch.float32) - merge_tensor(
+        "interpolate", inputs, 0.5, torch.float32
+    )
+    assert difference.tolist() == [-0.5, -2.0]
+
+
+@pytest.mark.parametrize("method", ["residue", "interpolate"])
+def test_bf16_is_rounded_once_from_float32(method):
+    generator = torch.Generator().manual_seed(0)
+    roles = ("instruct", "coarse", "base")
+    inputs = {role: torch.randn(20_000, generator=generator).to(torch.bfloat16) for role in roles}
+    instruct, coarse, base = (inputs[role].float().numpy() for role in roles)
+    ratio = np.float32(0.3)
+    expected = (
+        instruct + ratio * (coarse - base) if method == "residue" else np.float32(0.7) * instruct + ratio * coarse
+    )
+    fine = merge_tensor(method, inputs, 0.3, torch.bfloat16)
+    assert np.array_equal(fine.view(torch.uint16).numpy(), round_to_bf16(expected))
+
+
+def test_the_ends_of_the_range_keep_every_bit():
+    # Arithmetic would turn -0.0 into 0.0.
+    instruct, coarse = torch.tensor([-0.0, 1e-45, 3.0]), torch.tensor([-0.0, -1e-45, 7.0])
+    inputs = {"instruct": instruct, "coarse": coarse, "base": torch.tensor([5.0, 5.0, 5.0])}
+
+    def bits(tensor: torch.Tensor) -> list[int]:
+        return tensor.view(torch.int32).tolist()
+
+    for method in ("residue", "interpolate"):
+        assert bits(merge_tensor(method, inputs, 0.0, torch.float32)) == bits(instruct)
+    assert bits(merge_tensor("interpolate", inputs, 1.0, torch.float32)) == bits(coarse)
+    assert merge_tensor("residue", inputs, 1.0, torch.float32).tolist() == [-5.0, -5.0, 5.0]
+
+
+def test_a_rope_theta_difference_is_refused_wherever_the_config_keeps_it(tmp_path):
+    base = write_model(tmp_path / "base")
+    nested = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    instruct = write_model(tmp_path / "instruct", sliding_window=None, **nested)
+    models = {"base": base, "coarse": base, "instruct": instruct}
+    with pytest.raises(RecipeError) as refusal:
+        check_models(models)
+    assert len(refusal.value.problems) == 2
+    theta, window = refusal.value.problems
+    assert "rope_theta is 10000.0 in base, 10000.0 in coarse, 1000000.0 in instruct" in theta
+    assert "list rope_theta in merge.allow" in theta
+    assert "sliding_window is 4096 in base, 4096 in coarse, None in instruct" in window
+    assert set(check_models(models, allow=["rope_theta", "sliding_window"])) == set(models)
+
+
+def test_a_field_left_at_its_default_is_no_difference(tmp_path):
+    base = write_model(tmp_path / "base")
+    instruct = write_model(tmp_path / "instruct", rms_norm_eps=1e-6, attention_dropout=0.1, eos_token_id=7)
+    check_models({"base": base, "instruct": instruct})
+    other = write_model(tmp_path / "other", rms_norm_eps=1e-5)
+    with pytest.raises(RecipeError, match=r"rms_norm_eps is 1e-06 in base, 1e-05 in instruct"):
+        check_models({"base": base, "instruct": other})
+
+
+def test_a_misspelt_allowance_is_refused(tmp_path):
+    base = write_model(tmp_path / "base")
+    with pytest.raises(RecipeError, match=r"merge\.allow: 'rope_teta'"):
+        check_models({"base": base, "instruct": base}, allow=["rope_teta"])
+
+
+def test_all_tensor_problems_are_named_together(tmp_path):
+    base = write_model(tmp_path / "base", {"a": torch.ones(3), "b": torch.ones(2, 2), "q": torch.ones(2)})
+    quantised = {"a": torch.ones(4), "c": torch.ones(1), "q": torch.ones(2, dtype=torch.int8)}
+    instruct = write_model(tmp_path / "instruct", quantised)
+    with pytest.raises(RecipeError) as refusal:
+        check_models({"base": base, "instruct": instruct})
+    assert refusal.value.problems == (
+        "merge: tensor a has shape [3] in base, [4] in instruct",
+        "merge: tensor b is in base but not in instruct",
+        "merge: tensor c is in instruct but not in base",
+        "merge.instruct: tensor q is I8: give unquantised weights",
+    )
+
+
+def test_folders_without_usable_weights_are_refused_with_the_remedy(tmp_path):
+    good = write_model(tmp_path / "good")
+    pickled = write_model(tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    adapter = write_model(tmp_path / "adapter")
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    with pytest.raises(RecipeError) as refusal:
+        check_models({"base": pickled, "coarse": adapter, "instruct": good})
+    assert "save_pretrained(NEW_FOLDER) writes safetensors" in refusal.value.problems[0]
+    assert "merge_and_unload" in refusal.value.problems[1]
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    base = write_model(tmp_path / "base", {"a": torch.ones(1000)})
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(RecipeError, match=r"model\.safetensors is no complete safetensors file"):
+        check_models({"base": base, "instruct": base})
+
+
+def test_a_name_that_is_neither_folder_nor_model_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"no folder here, and the hub did not give it"):
+        model_folder(tmp_path / "nowhere")
+
+
+def test_shards_hold_at_most_the_limit_and_every_tensor_once(tmp_path):
+    tensors = {"a": torch.ones(10), "b": torch.ones(90), "c": torch.ones(11), "d": torch.ones(3)}
+    specs = read_tensors(write_model(tmp_path / "model", tensors))
+    # bf16: 20, 180, 22 and 6 bytes; b is larger than the limit and gets a file of its own.
+    shards = plan_shards(specs, "BF16", max_bytes=40)
+    assert [sorted(shard.tensors) for shard in shards] == [["a"], ["b"], ["c", "d"]]
+    assert [shard.file_name for shard in shards] == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [shard.num_bytes for shard in shards] == [20, 180, 28]
+    assert [shard.file_name for shard in plan_shards(specs, None, max_bytes=456)] == ["model.safetensors"]
+
+
+def test_written_files_are_what_safetensors_itself_reads(tmp_path, monkeypatch):
+    """Mixed dtypes, a scalar, an odd length, and tensors of several chunks of rows."""
+    monkeypatch.setattr("c2f_ray.merging.shards.CHUNK_ELEMENTS", 12)
+    tensors = {
+        "odd": torch.randn(3).to(torch.bfloat16),
+        "scalar": torch.tensor(2.5),
+        "matrix": torch.randn(7, 5),
+        "long": torch.randn(50).to(torch.float16),
+    }
+    folder = write_model(tmp_path / "model", tensors)
+    specs = read_tensors(folder)
+    (shard,) = plan_shards(specs, None, max_bytes=10**9)
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_shard(shard, {"instruct": specs, "coarse": specs}, [Variant("interpolate", 0.0)], {"interpolate-0": out})
+    loaded = load_file(out / "model.safetensors")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_inputs_are_read_once_however_many_outputs(tmp_path, monkeypatch):
+    read: dict[Path, int] = {}
+
+    class CountingFile:
+        def __init__(self, path: Path, **options):
+            self.path, self.file = path, safe_open(path, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.__exit__(*error)
+
+        def get_slice(self, name):
+            return CountingSlice(self.path, self.file.get_slice(name))
+
+    class CountingSlice:
+        def __init__(self, path, part):
+            self.path, self.part = path, part
+
+        def __getitem__(self, rows):
+            values = self.part[rows]
+            read[self.path] = read.get(self.path, 0) + values.nbytes
+            return values
+
+    monkeypatch.setattr("c2f_ray.merging.shards.safe_open", CountingFile)
+    monkeypatch.setattr("c2f_ray.merging.shards.CHUNK_ELEMENTS", 8)
+    roles = ("base", "coarse", "instruct")
+    tensors = {"a": torch.ones(9, 3), "b": torch.ones(5)}  # 32 elements, 128 bytes
+    specs = {role: read_tensors(write_model(tmp_path / role, tensors)) for role in roles}
+    variants = [Variant(method, ratio) for method in ("residue", "interpolate") for ratio in (0.0, 0.3, 0.6)]
+    folders = {variant.name: tmp_path / variant.name for variant in variants}
+    for folder in folders.values():
+        folder.mkdir()
+    (shard,) = plan_shards(specs["instruct"], None, max_bytes=10**9)
+    merge_shard(shard, specs, variants, folders)
+    assert read == {tmp_path / role / "model.safetensors": 128 for role in roles}
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    instruct = read_tensors(write_model(tmp_path / "instruct", {"a": torch.tensor([1.0, 60000.0])}))
+    coarse = read_tensors(write_model(tmp_path / "coarse", {"a": torch.tensor([1.0, 80000.0])}))
+    (shard,) = plan_shards(instruct, "F16", max_bytes=10**9)
+    with pytest.raises(C2FError, match=r"interpolate-0\.5 has values in a that are not finite in F16"):
+        merge_shard(
+            shard,
+            {"instruct": instruct, "coarse": coarse},
+            [Variant("interpolate", 0.5)],
+            {"interpolate-0.5": tmp_path},
+        )

@@ -1,0 +1,124 @@
+"""What `train` refuses before any actor starts. The models are layouts only: their weights are never read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from c2f_ray.errors import NotBuiltError, RecipeError
+from c2f_ray.preflight import check_resources, check_train
+from c2f_ray.recipe import load_recipe
+from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which configs/tiny.yaml finds everything that it names."""
+    world = tmp_path / ".cache" / "tiny"
+    for name, tokenizer in (
+        ("base", policy_tokenizer(with_template=False)),
+        ("instruct", policy_tokenizer(with_template=True)),
+        ("reward", reward_tokenizer()),
+    ):
+        tokenizer.save_pretrained(world / name)
+        config = {"model_type": "llama" if name == "reward" else "mistral", "max_position_embeddings": 256}
+        (world / name / "config.json").write_text(json.dumps(config))
+        tensor = "regression_head.weight" if name == "reward" else "lm_head.weight"
+        save_file({tensor: np.zeros((1, 4), np.float32)}, world / name / "model.safetensors")
+    (world / "prompts").mkdir()
+    (world / "prompts" / "train.jsonl").write_text('{"messages": "b=3,b?"}\n' * 1)
+    monkeypatch.chdir(tmp_path)
+    return world
+
+
+def problems(*overrides: str, fresh: bool = False) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as error:
+        check_train(load_recipe(CONFIGS / "tiny.yaml", *overrides), fresh)
+    assert not Path("runs").exists() or Path("runs/tiny/metrics.jsonl").exists(), "nothing is written"
+    return error.value.problems
+
+
+def test_a_good_recipe_passes(folder: Path):
+    checked = check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=False)
+    assert (len(checked.prompts), checked.total_steps) == (1, load_recipe(CONFIGS / "tiny.yaml").run.steps)
+
+
+def test_epochs_become_steps(folder: Path):
+    lines = "".join(json.dumps({"id": str(i), "messages": "b=3,b?"}) + "\n" for i in range(100))
+    (folder / "prompts" / "train.jsonl").write_text(lines)
+    checked = check_train(load_recipe(CONFIGS / "tiny.yaml", "run.steps=null", "run.epochs=3"), fresh=False)
+    assert checked.total_steps == 5, "300 prompts, 64 a step"
+
+
+def test_a_missing_model_folder(folder: Path):
+    shutil.rmtree(folder / "base")
+    assert problems() == ("policy.model: .cache/tiny/base: no such folder",)
+
+
+def test_pickled_weights_only(folder: Path):
+    (folder / "base" / "model.safetensors").rename(folder / "base" / "pytorch_model.bin")
+    assert problems() == (
+        "policy.model: .cache/tiny/base: holds only .bin files, which are pickles; "
+        "convert or save the weights as safetensors",
+    )
+
+
+def test_no_tokenizer(folder: Path):
+    (folder / "reward" / "tokenizer.json").unlink()
+    (problem,) = problems()
+    assert problem.startswith("reward.model: .cache/tiny/reward: no tokenizer")
+
+
+def test_a_reward_model_without_a_head(folder: Path):
+    save_file({"lm_head.weight": np.zeros((1, 4), np.float32)}, folder / "reward" / "model.safetensors")
+    (problem,) = problems()
+    assert problem.startswith("reward.model: .cache/tiny/reward has no regression_head.weight")
+
+
+def test_several_problems_come_together(folder: Path):
+    (folder / "prompts" / "train.jsonl").write_text("{\n")
+    found = problems("reward.model=nowhere", "length.max_tokens=250")
+    assert [problem.split(": ")[0] for problem in found] == [
+        "reward.model",
+        ".cache/tiny/prompts/train.jsonl:1",
+        "prompts.max_tokens 48 and length.max_tokens 250 together are 298 tokens, beyond the model's context of 256; "
+        "lower one of them",
+    ]
+
+
+def test_a_base_model_needs_a_template(folder: Path):
+    (problem,) = problems("policy.chat_template=model")
+    assert problem.startswith("policy.chat_template: the tokenizer of .cache/tiny/base has no chat template")
+
+
+def test_a_run_is_not_overwritten(folder: Path):
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/metrics.jsonl").write_text("{}\n")
+    assert "holds a run already" in problems()[0]
+    check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "missing"),
+    [("mistral_c2f", "'ppo' cannot be run yet"), ("merlinite_7b_pt", "'rejection_sampling' cannot be run yet")],
+)
+def test_what_is_not_built_yet_says_so(recipe: str, missing: str):
+    with pytest.raises(NotBuiltError, match=f"learner.algorithm: {missing}"):
+        check_train(load_recipe(CONFIGS / f"{recipe}.yaml"), fresh=False)
+
+
+def test_an_unbuilt_reward_says_so(folder: Path):
+    recipe = load_recipe(CONFIGS / "tiny.yaml", "reward={kind: function, function: 'c2f_ray.tiny.task:accuracy'}")
+    with pytest.raises(NotBuiltError, match=r"reward.kind: 'function' cannot be run yet"):
+        check_train(recipe, fresh=False)
+
+
+def test_more_gpus_than_the_cluster_has():
+    check_resources({"GPU": 8.0, "CPU": 0.0}, {"GPU": 8.0})
+    with pytest.raises(RecipeError, match="the recipe asks for 8 GPU, and the cluster has 4; lower rollout.actors"):
+        check_resources({"GPU": 8.0}, {"GPU": 4.0, "CPU": 64.0})

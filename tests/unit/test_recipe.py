@@ -1,0 +1,97 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from c2f_ray.errors import RecipeError
+from c2f_ray.recipe import Recipe, dump_recipe, load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = CONFIGS / "tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses_and_survives_being_saved(path: Path, tmp_path: Path):
+    recipe = load_recipe(path)
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(dump_recipe(recipe))
+    assert load_recipe(saved) == recipe
+
+
+def test_remax_recipe_holds_the_model_cards_hyperparameters():
+    recipe = load_recipe(CONFIGS / "mistral_7b_remax.yaml")
+    card = (
+        recipe.prompts.max_tokens, recipe.length.max_tokens, recipe.learner.optimizer.lr, recipe.run.epochs,
+        recipe.learner.kl_penalty, recipe.learner.kl_coefficient, recipe.learner.reward_clip,
+        recipe.rollout.temperature, recipe.rollout.top_p, recipe.prompts.num_prompts,
+    )  # fmt: skip
+    assert card == (384, 384, 5e-7, 1, "full_step", 0.1, 1.0, 0.7, 0.9, 10_000)
+
+
+def test_recipes_are_checked_without_torch():
+    code = (
+        "import sys, c2f_ray; "
+        f"c2f_ray.load_recipe({str(TINY)!r}); "
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("learner.optimizer.lrr=3", "learner.optimizer.lrr: unknown key; did you mean learner.optimizer.lr?"),
+        ("lenght.rule=fixed", "lenght: unknown key; did you mean length?"),
+        ("run.steps=abc", "run.steps: 'abc': input should be a valid integer"),
+        ("rollout.top_p=1.5", "rollout.top_p: 1.5: input should be less than or equal to 1"),
+        ("merge.ratios=[0.5, 1.5]", "merge.ratios.1: 1.5: input should be less than or equal to 1"),
+        (
+            "learner.algorithm=remx",
+            "learner.algorithm: 'remx' is not one of remax, ppo, rejection_sampling; did you mean remax?",
+        ),
+        ("run.epochs=2", "run: give exactly one of steps and epochs"),
+        ("length.start_tokens=200", "length: start_tokens 200 is more than max_tokens 96"),
+        ("learner.gamma=0.9", "learner: gamma 0.9 has no effect with kl_penalty full_step; leave it out"),
+        ("run.steps", "run.steps: an override is written key=value, such as learner.optimizer.lr=5e-7"),
+    ],
+)
+def test_an_error_names_key_value_rule_and_remedy(override: str, problem: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(TINY, override)
+    assert error.value.problems == (problem,)
+
+
+def test_cpu_engines_with_gpu_learners_are_refused():
+    with pytest.raises(RecipeError, match=r"rollout.gpus_per_actor and learner.gpus_per_rank: .* not 0 and 1"):
+        load_recipe(TINY, "learner.gpus_per_rank=1")
+
+
+def test_several_problems_come_together():
+    with pytest.raises(RecipeError) as error:
+        load_recipe(TINY, "run.seed=-1", "policy.modell=x")
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["run.seed", "policy.modell"]
+
+
+def test_a_small_learning_rate_needs_no_decimal_point():
+    assert load_recipe(TINY, "learner.optimizer.lr=5e-7").learner.optimizer.lr == 5e-7
+
+
+def test_yaml_problems_name_file_and_line(tmp_path: Path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("run:\n  name: a\n  name: b\n")
+    with pytest.raises(RecipeError, match=r"twice.yaml:3: not valid YAML: 'name' is given twice"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match=r"tinny.yaml: no such recipe; did you mean .*tiny.yaml\?"):
+        load_recipe(CONFIGS / "tinny.yaml")
+
+
+def test_recipes_are_frozen():
+    recipe: Recipe = load_recipe(TINY)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.run.seed = 3  # type: ignore[misc]
