@@ -93,8 +93,9 @@ def findings(steps: list[MetricsLine], evaluation: dict[str, Any]) -> list[str]:
             fine["repeated_lines"] < coarse["repeated_lines"] / 2
             and fine["reward"] > instruct["reward"]
             and fine["strict"] > instruct["strict"],
-            f"{best} repeats {fine['repeated_lines']:.0%}, with reward {fine['reward']:.2f} against the instruct model's "
-            f"{instruct['reward']:.2f} and {fine['strict']:.0%} right and ended against {instruct['strict']:.0%}",
+            f"{best} repeats {fine['repeated_lines']:.0%}, with reward {fine['reward']:.2f} against the instruct "
+            f"model's {instruct['reward']:.2f} and {fine['strict']:.0%} right and ended against "
+            f"{instruct['strict']:.0%}",
         ),
     ]
     return [f"{'shown' if holds else 'NOT SHOWN'}: {text}" for holds, text in facts]

@@ -19,12 +19,12 @@ import ray
 
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthInputs, LengthState
-from c2f_ray.data.prompts import PromptSet, draw
+from c2f_ray.data.prompts import draw
 from c2f_ray.data.texts import save_trajectories
 from c2f_ray.data.trajectory import Float32, TrajectoryInfo
 from c2f_ray.errors import C2FError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
-from c2f_ray.preflight import check_train, run_folder
+from c2f_ray.preflight import Checked, check_train, run_folder
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
@@ -68,32 +68,36 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         (folder / "recipe.yaml").write_text(dump_recipe(recipe))
         progress = stack.enter_context(Progress(checked.total_steps))
         log = stack.enter_context(closing(MetricsLog(folder)))
+        if checked.prompts.num_dropped:
+            progress.note(
+                f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
+            )
         progress.stage("starting the actors")
-        _Training(recipe, folder, checked.prompts, checked.total_steps, stack).run(progress, log)
+        _Training(recipe, folder, checked, stack).run(progress, log)
     return folder
 
 
 class _Training:
     """The actors of one run and its state."""
 
-    def __init__(self, recipe: Recipe, folder: Path, prompts: PromptSet, total_steps: int, stack: ExitStack) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack) -> None:
         self.recipe = recipe
         self.folder = folder
-        self.total_steps = total_steps
-        self.prompt_ids = prompts.ids
-        self.prompts = ray.put(prompts)
+        self.total_steps = checked.total_steps
+        self.prompt_ids = checked.prompts.ids
+        self.prompts = ray.put(checked.prompts)
         self.state = RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
         self.saving: Any = None  # reference to the last step's write of its trajectories
         self.seconds: dict[str, float] = {}
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
-            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
+            closing(RolloutPool(recipe, ray.put(checked.prompts.tokens), max_model_tokens, load_format="dummy"))
         )
         self.rewards = stack.enter_context(
-            closing(RewardPool(recipe.reward, recipe.cluster, recipe.policy.model, ray.put(prompts.messages)))
+            closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, ray.put(checked.prompts.messages)))
         )
-        self.learner = stack.enter_context(closing(LearnerGroup(recipe, total_steps)))
+        self.learner = stack.enter_context(closing(LearnerGroup(recipe, checked.total_steps)))
         self.learner.wait_until_ready()
         self.rollouts.wait_until_ready()
         self.rewards.wait_until_ready()
@@ -198,7 +202,11 @@ class _Training:
         self.wait_for_saved_trajectories()
         path = self.folder / "trajectories" / f"step_{self.state.step:06d}.parquet"
         self.saving = save_trajectories.remote(
-            path.absolute(), self.state.step, self.recipe.policy.model, self.prompts, rollouts.shards,
+            path.absolute(),
+            self.state.step,
+            self.recipe.policy.model,
+            self.prompts,
+            rollouts.shards,
             rollouts.reward_refs,
         )
         partial = self.folder / "state.json.partial"

@@ -6,10 +6,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig
 
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
+from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.errors import NotBuiltError, RecipeError
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import ReMaxLearner, Reward, UltraRMReward
@@ -24,6 +25,7 @@ class Checked:
     """What the checks of `train` found out on their way."""
 
     prompts: PromptSet
+    reward: UltraRMReward
     total_steps: int
 
 
@@ -46,7 +48,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             problems.extend(error.problems)
             return None
 
-    attempt(check_reward, recipe.reward)
+    reward = attempt(check_reward, recipe.reward)
     config = attempt(check_model, "policy.model", recipe.policy.model)
     prompts = attempt(training_prompts, recipe) if config else None
     if config:
@@ -55,12 +57,12 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     folder = run_folder(recipe)
     if (folder / "metrics.jsonl").exists() and not fresh:
         problems.append(f"run.name: {folder} holds a run already; choose another name, or start over with --fresh")
-    if problems or prompts is None:
+    if problems or prompts is None or reward is None:
         raise RecipeError(*problems)
     if recipe.run.steps is not None:
-        return Checked(prompts, recipe.run.steps)
+        return Checked(prompts, reward, recipe.run.steps)
     assert recipe.run.epochs is not None  # the recipe has exactly one of the two
-    return Checked(prompts, ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step))
+    return Checked(prompts, reward, ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step))
 
 
 def check_reward(reward: Reward) -> UltraRMReward:
@@ -87,10 +89,6 @@ def training_prompts(recipe: Recipe) -> PromptSet:
     )
     template = chat_template(recipe.policy.chat_template, tokenizer)
     return build_prompt_set(source, tokenizer, template, settings.max_tokens, settings.too_long)
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model)
 
 
 def check_model(key: str, model: str) -> PreTrainedConfig:

@@ -1,21 +1,16 @@
 """What the models wrote, as text: decoded where the tokens are, never in the driver."""
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from c2f_ray.data.prompts import PromptSet
+from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Float32, Trajectories
-
-
-@lru_cache(maxsize=4)
-def cached_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model)
 
 
 def text_rows(
@@ -30,8 +25,8 @@ def text_rows(
             "finished": bool(shard.info.finished[i]),
             "reward": float(reward[i]),
             "weight_version": int(shard.info.weight_version[i]),
-            "prompt": tokenizer.decode(shard.prompt[i]),
-            "response": tokenizer.decode(shard.response[i], skip_special_tokens=True),
+            "prompt": decode(tokenizer, shard.prompt[i], special=True),
+            "response": decode(tokenizer, shard.response[i], special=False),
             "response_tokens": int(shard.info.response_tokens[i]),
         }
         for shard, reward in zip(shards, rewards, strict=True)
@@ -53,5 +48,5 @@ def save_trajectories(
     path: Path, step: int, tokenizer: str, prompts: PromptSet, shards: list[Any], rewards: list[Any]
 ) -> None:
     """Writes a step's trajectories; `shards` and `rewards` are lists of object references."""
-    rows = text_rows(cached_tokenizer(tokenizer), prompts, ray.get(shards), ray.get(rewards))
+    rows = text_rows(load_tokenizer(tokenizer), prompts, ray.get(shards), ray.get(rewards))
     write_rows(path, [{"step": step, **row} for row in rows])

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,14 @@ from transformers import AutoConfig
 
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
-from c2f_ray.data.texts import cached_tokenizer, text_rows, write_rows
+from c2f_ray.data.texts import text_rows, write_rows
+from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Ragged, Trajectories
 from c2f_ray.errors import RecipeError
 from c2f_ray.evaluation.metrics import mean, response_metrics
-from c2f_ray.preflight import check_context, check_model, check_reward, load_tokenizer, run_folder
+from c2f_ray.preflight import check_context, check_model, check_reward, run_folder
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Evaluate
+from c2f_ray.recipe.schema import Evaluate, UltraRMReward
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import evaluate_needs, ray_session
@@ -36,7 +37,7 @@ class Candidate:
 
     name: str
     folder: str
-    prompts: PromptSet  # rendered with its own template
+    prompts: PromptSet  # rendered with its own template; the same rows for all candidates
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -44,46 +45,45 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
     Responses go to `evaluation/NAME.parquet`. Raises RecipeError when something is missing, with nothing written.
     """
-    settings, candidates = check_evaluate(recipe)
+    settings, reward, candidates = check_evaluate(recipe)
     folder = run_folder(recipe)
+    models: list[dict[str, Any]] = []
     with ray_session(evaluate_needs(recipe)), ExitStack() as stack:
         progress = stack.enter_context(Progress(len(candidates)))
+        progress.stage("starting the actors")
         messages = ray.put(candidates[0].prompts.messages)
-        rewards = stack.enter_context(
-            closing(RewardPool(recipe.reward, recipe.cluster, recipe.policy.model, messages))
-        )
-        models: list[dict[str, Any]] = []
-        for candidate, shards in _responses(recipe, settings, candidates, stack):
+        rewards = stack.enter_context(closing(RewardPool(reward, recipe.cluster, recipe.policy.model, messages)))
+        server = stack.enter_context(closing(_Server(recipe, settings)))
+        for number, candidate in enumerate(candidates, start=1):
             progress.stage(f"evaluating {candidate.name}")
+            shards = server.answer(candidate)
             graded = {candidate.name: shards}
             if candidate.name == "coarse" and (limit := _last_limit(folder)) < settings.max_tokens:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
                 graded[f"coarse@{limit}"] = [truncate.remote(shard, limit) for shard in shards]
             for name, its_shards in graded.items():
                 scores = [rewards.submit(shard) for shard in its_shards]
-                task = grade.remote(
-                    (folder / "evaluation" / f"{name}.parquet").absolute(),
-                    recipe.policy.model, ray.put(candidate.prompts), its_shards, scores, settings.accuracy,
-                )
-                metrics = wait_for(task, recipe.reward.timeout_s, f"the task that grades {name}")
+                path = (folder / "evaluation" / f"{name}.parquet").absolute()
+                prompts = ray.put(candidate.prompts)
+                task = grade.remote(path, recipe.policy.model, prompts, its_shards, scores, settings.accuracy)
+                metrics = wait_for(task, reward.timeout_s, f"the task that grades {name}")
                 models.append({"name": name, "folder": candidate.folder, "metrics": metrics})
-            progress.step({"step": len(models), "reward/mean": models[-1]["metrics"]["reward"]})
-    result = {"max_tokens": settings.max_tokens, "models": models, "best": best_fine(models)}
+            progress.step({"step": number, "reward/mean": models[-1]["metrics"]["reward"]})
+    fine = [model for model in models if Path(model["folder"]).parent.name == "fine"]
+    best = max(fine, key=_merit)["name"] if fine else None
+    result = {"max_tokens": settings.max_tokens, "models": models, "best": best}
     partial = folder / "evaluation.json.partial"
     partial.write_text(json.dumps(result, indent=1))
     partial.rename(folder / "evaluation.json")
     return result
 
 
-def best_fine(models: list[dict[str, Any]]) -> str | None:
-    """The fine actor with the highest strict accuracy where it was graded, then the highest reward."""
-    fine = [model for model in models if model["name"].startswith(("residue", "interpolate"))]
-    if not fine:
-        return None
-    return max(fine, key=lambda m: (m["metrics"].get("strict", 0.0), m["metrics"]["reward"]))["name"]
+def _merit(model: dict[str, Any]) -> tuple[float, float]:
+    """What the best fine actor has most of: right answers that end by themselves where that is graded, then reward."""
+    return model["metrics"].get("strict", 0.0), model["metrics"]["reward"]
 
 
-def check_evaluate(recipe: Recipe) -> tuple[Evaluate, list[Candidate]]:
+def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward, list[Candidate]]:
     """The models that there are to evaluate, each with its prompts. Raises RecipeError; writes nothing."""
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it names the held-out prompts")
@@ -103,13 +103,13 @@ def check_evaluate(recipe: Recipe) -> tuple[Evaluate, list[Candidate]]:
     candidates = []
     for name, model in folders.items():
         config = check_model(f"evaluate ({name})", model)
+        limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "evaluate.max_tokens", recipe.evaluate.max_tokens)
+        check_context(config, *limits)
         template = _template(recipe, model)
         if template not in prompts:
             prompts[template] = _heldout_prompts(recipe, recipe.evaluate, template)
-        longest = int(prompts[template].tokens.lengths.max())
-        check_context(config, "a prompt of", longest, "evaluate.max_tokens", recipe.evaluate.max_tokens)
         candidates.append(Candidate(name, model, prompts[template]))
-    return recipe.evaluate, candidates
+    return recipe.evaluate, reward, candidates
 
 
 def load_grader(path: str) -> Grader:
@@ -131,11 +131,17 @@ def _template(recipe: Recipe, model: str) -> str:
 
 def _heldout_prompts(recipe: Recipe, settings: Evaluate, template: str) -> PromptSet:
     source = PromptSource(
-        key="evaluate.prompts", source=settings.prompts, split=settings.split, field=settings.field,
-        system=recipe.prompts.system, num_prompts=settings.num_prompts, seed=recipe.run.seed,
+        key="evaluate.prompts",
+        source=settings.prompts,
+        split=settings.split,
+        field=settings.field,
+        system=recipe.prompts.system,
+        num_prompts=settings.num_prompts,
+        seed=recipe.run.seed,
     )
+    # Refused, not dropped: all models must be asked the same questions.
     return build_prompt_set(
-        source, load_tokenizer(recipe.policy.model), template, recipe.prompts.max_tokens, recipe.prompts.too_long
+        source, load_tokenizer(recipe.policy.model), template, recipe.prompts.max_tokens, too_long="refuse"
     )
 
 
@@ -143,26 +149,36 @@ def _last_limit(folder: Path) -> int:
     return int(json.loads((folder / "state.json").read_text())["length"]["limit"])
 
 
-def _responses(
-    recipe: Recipe, settings: Evaluate, candidates: list[Candidate], stack: ExitStack
-) -> Iterator[tuple[Candidate, list[Any]]]:
-    """Each candidate with its shards. One engine serves all of one architecture: weights are swapped, not engines."""
-    engine: RolloutPool | None = None
-    architecture: dict[str, Any] = {}
-    max_model_tokens = recipe.prompts.max_tokens + settings.max_tokens
-    for candidate in candidates:
-        wanted = _architecture(candidate.folder)
-        if engine is not None and wanted == architecture:
-            engine.load_folder(candidate.folder)
+class _Server:
+    """The engines, which serve all models of one architecture in turn: weights are swapped, not engines."""
+
+    def __init__(self, recipe: Recipe, settings: Evaluate) -> None:
+        self.recipe = recipe
+        self.settings = settings
+        self.engines: RolloutPool | None = None
+        self.architecture: dict[str, Any] = {}
+
+    def answer(self, candidate: Candidate) -> list[Any]:
+        """References to the shards of the candidate's greedy responses, by row of its prompts."""
+        tokens = ray.put(candidate.prompts.tokens)
+        architecture = _architecture(candidate.folder)
+        if self.engines is not None and architecture == self.architecture:
+            self.engines.load_folder(candidate.folder, tokens)
         else:
-            if engine is not None:
-                engine.close()
-            engine, architecture = RolloutPool(recipe, candidate.folder, max_model_tokens), wanted
-            stack.enter_context(closing(engine))
-            engine.wait_until_ready()
+            self.close()
+            policy = self.recipe.policy.model_copy(update={"model": candidate.folder})
+            recipe = self.recipe.model_copy(update={"policy": policy})
+            max_model_tokens = recipe.prompts.max_tokens + self.settings.max_tokens
+            self.engines = RolloutPool(recipe, tokens, max_model_tokens, load_format="auto")
+            self.engines.wait_until_ready()
+            self.architecture = architecture
         requests = [RolloutRequest(row, row, 0, greedy=True) for row in range(len(candidate.prompts))]
-        generated = engine.generate(ray.put(candidate.prompts.tokens), requests, settings.max_tokens, ordered=True)
-        yield candidate, [shard for shard, _ in generated]
+        return [shard for shard, _ in self.engines.generate(requests, self.settings.max_tokens, ordered=True)]
+
+    def close(self) -> None:
+        if self.engines is not None:
+            self.engines.close()
+            self.engines = None
 
 
 def _architecture(folder: str) -> dict[str, Any]:
@@ -194,7 +210,7 @@ def grade(
 ) -> dict[str, float | None]:
     """A model's metrics over its responses, which are written to `path`. `shards`, `rewards`: references."""
     shards, rewards = ray.get(shards), ray.get(rewards)
-    rows = text_rows(cached_tokenizer(tokenizer), prompts, shards, rewards)
+    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
     tokens = {int(s.info.sample_id[i]): s.response[i].tolist() for s in shards for i in range(len(s))}
     columns: list[str] = []
     if grader is not None:

@@ -21,14 +21,14 @@ from c2f_ray.recipe.schema import LearnerBase, Policy
 from c2f_ray.weights.source import Gather, no_gather
 
 
-def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase) -> None:
-    """Gloo on CPUs, NCCL on GPUs. A collective whose peer is gone fails after the learner's ``timeout_s``."""
+def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase, timeout_s: float) -> None:
+    """Gloo on CPUs, NCCL on GPUs. A collective whose peer is gone fails after ``timeout_s``."""
     distributed.init_process_group(
         backend="nccl" if learner.gpus_per_rank else "gloo",
         store=store,
         rank=rank,
         world_size=learner.ranks,
-        timeout=timedelta(seconds=learner.timeout_s),
+        timeout=timedelta(seconds=timeout_s),
     )
     # DeepSpeed's shared-memory collective would be built with a C++ compiler now; gloo does its work as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -55,11 +55,15 @@ class LearnerRank:
 
         torch.manual_seed(self.recipe.run.seed)
         torch.use_deterministic_algorithms(self.recipe.run.deterministic)
+        # Or every backward would write NaN into DeepSpeed's empty 2 GB bucket, which takes seconds.
+        torch.utils.deterministic.fill_uninitialized_memory = False
         if self.learner.gpus_per_rank == 0:
             torch.set_num_threads(1)
         if self.rank > 0:
             self.store = distributed.TCPStore(*meeting, is_master=False)
-        engine.join_process_group(self.store, self.rank, self.learner)
+        # Only so that no process stays behind for ever: the driver's own deadlines come first.
+        timeout_s = max(self.recipe.cluster.start_timeout_s, self.learner.timeout_s)
+        engine.join_process_group(self.store, self.rank, self.learner, timeout_s)
         self.policy = engine.load_policy(self.recipe.policy)
         self.engine = engine.start_engine(self.policy, self.recipe.policy.dtype, self.learner, self.total_updates)
         self.device = self.engine.device
@@ -84,7 +88,7 @@ class LearnerRank:
             micro = samples.micro_batch(rows).to(self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             # learner.algorithm decides here.
-            loss, finite = self._remax_loss(micro, advantages[torch.from_numpy(rows)], num_tokens, tally)
+            loss, finite = self._remax_loss(micro, advantages[rows].to(self.device), num_tokens, tally)
             with tally.seconds("time/learner_forward_backward_s"):
                 self.engine.backward(loss * self.learner.ranks)  # DeepSpeed takes the mean over ranks
             bad += samples.sample_id[rows[~finite.cpu().numpy()]].tolist()
@@ -103,8 +107,9 @@ class LearnerRank:
         if not np.array_equal(batch.sample_id[order], samples.sample_id):
             only_one = np.setxor1d(batch.sample_id, samples.sample_id)
             raise ValueError(f"not in both the shards and their rewards: {_name(only_one)}")
-        reward = torch.from_numpy(batch.reward[order]).to(self.device)
-        baseline = torch.from_numpy(batch.baseline[order]).to(self.device)
+        if not (finite := np.isfinite(batch.reward[order] - batch.baseline[order])).all():
+            raise NonFiniteUpdateError(f"rewards are not finite: {_name(samples.sample_id[~finite])}")
+        reward, baseline = torch.from_numpy(batch.reward[order]), torch.from_numpy(batch.baseline[order])
         return samples, remax.advantage(reward, baseline, self.learner.reward_clip)
 
     def _plan(self, samples: Samples) -> list[Int64]:

@@ -4,21 +4,20 @@ from typing import Any
 
 import numpy as np
 import ray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from c2f_ray.data.prompts import Messages
+from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Float32, Trajectories
 from c2f_ray.recipe.schema import Cluster, UltraRMReward
 from c2f_ray.reward.ultrarm import UltraRMScorer
 from c2f_ray.waiting import wait_for, wait_for_start
 
 
-@ray.remote
 class RewardWorker:
     """Turns tokens back into text with the policy's tokenizer, and scores them with the reward model's own."""
 
     def __init__(self, reward: UltraRMReward, policy_tokenizer: str, messages: list[Messages]) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(policy_tokenizer)
+        self.tokenizer = load_tokenizer(policy_tokenizer)
         self.messages = messages
         self.scorer = UltraRMScorer(reward)
 
@@ -31,7 +30,7 @@ class RewardWorker:
             [
                 (
                     self.messages[shard.info.prompt_row[i]],
-                    self.tokenizer.decode(shard.response[i], skip_special_tokens=True),
+                    decode(self.tokenizer, shard.response[i], special=False),
                     bool(shard.info.finished[i]),
                 )
                 for i in range(len(shard))
@@ -44,10 +43,10 @@ class RewardPool:
 
     def __init__(self, reward: UltraRMReward, cluster: Cluster, policy_tokenizer: str, messages: Any) -> None:
         self.timeout_s = reward.timeout_s
-        self.workers = [
-            RewardWorker.options(num_gpus=reward.gpus_per_worker, num_cpus=0 if reward.gpus_per_worker else 1).remote(
-                reward, policy_tokenizer, messages
-            )
+        self.workers: list[Any] = [
+            ray.remote(RewardWorker)
+            .options(num_gpus=reward.gpus_per_worker, num_cpus=0 if reward.gpus_per_worker else 1)
+            .remote(reward, policy_tokenizer, messages)
             for _ in range(reward.workers)
         ]
         self.waiting: list[list[Any]] = [[] for _ in self.workers]

@@ -4,14 +4,16 @@ Source of the layout and the template: the model card of openbmb/UltraRM-13b.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from c2f_ray.data.prompts import Messages
+from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Float32
 from c2f_ray.errors import BadRewardError
 from c2f_ray.recipe.schema import UltraRMReward
@@ -37,7 +39,8 @@ class UltraRM(LlamaPreTrainedModel):
 
 def load_ultrarm(folder: str, dtype: torch.dtype) -> UltraRM:
     """Loads a checkpoint, in evaluation mode. Raises ValueError naming any missing or unexpected key."""
-    model, info = UltraRM.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    loaded: Any = UltraRM.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    model, info = loaded
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise ValueError(f"{folder} is not an UltraRM checkpoint: {wrong}")
@@ -58,8 +61,9 @@ class UltraRMScorer:
     def __init__(self, reward: UltraRMReward) -> None:
         self.reward = reward
         self.device = torch.device("cuda" if reward.gpus_per_worker else "cpu")
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(reward.model)
-        self.model = load_ultrarm(reward.model, getattr(torch, reward.dtype)).to(self.device)
+        self.tokenizer = load_tokenizer(reward.model)
+        model: nn.Module = load_ultrarm(reward.model, getattr(torch, reward.dtype))
+        self.model = model.to(self.device)
 
     def tokens(self, messages: Messages, response: str, finished: bool) -> list[int]:
         """Token ids of one conversation; a response that was cut by the limit gets no end-of-sequence token."""

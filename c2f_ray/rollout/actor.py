@@ -64,14 +64,14 @@ class RolloutActor:
         """
         self._check(requests, max_tokens)
         engine: Any = self.llm.llm_engine
-        for position, request in enumerate(requests):
-            prompt = {"prompt_token_ids": self.prompt_tokens[request.prompt_row].tolist()}
-            params = sampling_params(self.rollout, request.seed, request.greedy, max_tokens)
-            engine.add_request(str(position), prompt, params)
         outputs: dict[int, Any] = {}
         shards: dict[int, list[int]] = defaultdict(list)  # positions, by number of the shard
         size = self.rollout.shard_samples
         try:
+            for position, request in enumerate(requests):
+                prompt = {"prompt_token_ids": self.prompt_tokens[request.prompt_row].tolist()}
+                params = sampling_params(self.rollout, request.seed, request.greedy, max_tokens)
+                engine.add_request(str(position), prompt, params)
             while engine.has_unfinished_requests():
                 for result in engine.step():
                     position = int(result.request_id)
@@ -148,9 +148,10 @@ class RolloutActor:
         """One for each worker of the engine, over its share of the parameters."""
         return self.llm.apply_model(parameters_checksum)
 
-    def load_folder(self, folder: str) -> None:
-        """Takes the weights of another model folder of the same architecture, as version 0."""
+    def load_folder(self, folder: str, prompt_tokens: Ragged) -> None:
+        """Takes the weights of another model folder of the same architecture, as version 0, and prompts for it."""
         self.weight_version = NO_WEIGHTS
+        self.prompt_tokens = prompt_tokens
         self.llm.collective_rpc(reload_from, args=(folder,))
         self.reset_prefix_cache()
         self.weight_version = 0

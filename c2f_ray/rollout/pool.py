@@ -29,7 +29,8 @@ class RolloutPool:
         options = {
             "num_gpus": gpus,
             "num_cpus": 0 if gpus else 1,
-            "runtime_env": {"env_vars": engine_env(gpus)},
+            # Ray would send a small shard inside its reply, into the driver's heap; so it goes to the object store.
+            "runtime_env": {"env_vars": {**engine_env(gpus), "RAY_max_direct_call_object_size": "0"}},
         }
         self.timeout_s = rollout.timeout_s
         remote: Any = ray.remote(RolloutActor)
@@ -84,6 +85,11 @@ class RolloutPool:
             return wait_for(reference, self.timeout_s, f"rollout actor {number}")
         except RayActorError as error:
             raise C2FError(f"rollout actor {number} died and owes {missing} samples: {error}") from error
+
+    def load_folder(self, folder: str, prompt_tokens: Any) -> None:
+        """Every engine takes another model of the same architecture, and a reference to the prompts for it."""
+        refs = [actor.load_folder.remote(folder, prompt_tokens) for actor in self.actors]
+        wait_for(refs, self.start_timeout_s, f"rollout actors that load {folder}")
 
     def close(self) -> None:
         for actor in self.actors:

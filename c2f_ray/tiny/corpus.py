@@ -48,9 +48,9 @@ def question_piece(rng: random.Random) -> str:
     return f"Q:{question.content}\nA:" + "\n".join(lines) + (END_OF_TEXT if rng.random() < ends else "")
 
 
-def base_page(rng: random.Random, tokenizer: PreTrainedTokenizerFast, page_tokens: int) -> list[int]:
-    """Ids of one packed page: 40% are list pages, 60% question pages; the last piece is cut."""
-    piece = list_piece if rng.random() < 0.4 else question_piece
+def base_page(rng: random.Random, tokenizer: PreTrainedTokenizerFast, page_tokens: int, list_share: float) -> list[int]:
+    """Ids of one packed page, a list page with probability `list_share`, else of questions; the last piece is cut."""
+    piece = list_piece if rng.random() < list_share else question_piece
     ids: list[int] = []
     encode = tokenizer.backend_tokenizer.encode
     while len(ids) < page_tokens:
@@ -68,10 +68,10 @@ def question_mask(ids: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> torc
 
 
 def base_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_pages: int, page_tokens: int
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_pages: int, page_tokens: int, list_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and loss weights, both `[num_pages, page_tokens]`; question tokens weigh a tenth."""
-    ids = torch.tensor([base_page(rng, tokenizer, page_tokens) for _ in range(num_pages)])
+    ids = torch.tensor([base_page(rng, tokenizer, page_tokens, list_share) for _ in range(num_pages)])
     return ids, torch.where(question_mask(ids, tokenizer), 0.1, 1.0)
 
 

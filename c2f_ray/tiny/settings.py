@@ -39,12 +39,14 @@ class Settings:
     # base: constant learning rate until the gate passes, then a linear cool-down
     base_pages: int = 16
     base_page_tokens: int = 96
+    base_list_share: float = 0.75  # copying is learned from list pages, styles of answering from the rest
     base_lr: float = 3e-3
     base_warmup_steps: int = 50
     base_min_steps: int = 500
     base_max_steps: int = 3000
     base_cooldown_steps: int = 300
     base_cooldown_page_tokens: int = 192
+    base_cooldown_list_share: float = 0.3
     base_gate: float = 0.95  # share of questions whose forced derivation is right to the last digit
 
     # instruct: a short fine-tuning of the base, response tokens only
@@ -56,7 +58,7 @@ class Settings:
     # reward model: Bradley-Terry over all pairs of prefixes of two responses to one question
     reward_steps: int = 500
     reward_prompts: int = 16
-    reward_short_share: float = 0.75
+    reward_short_share: float = 0.6
     reward_lr: float = 1e-3
     reward_max_response: int = 176
     reward_gate: float = 0.9  # share of probe pairs ranked rightly, in the worst kind of pair

@@ -45,8 +45,8 @@ def train_base(settings: Settings) -> tuple[MistralForCausalLM, dict[str, float]
     optim = optimizer(model, settings.base_lr)
     probe = gates.derivation_probe(settings.seed, tokenizer)
 
-    def step(lr: float, num_pages: int, page_tokens: int) -> None:
-        ids, weights = corpus.base_batch(rng, tokenizer, num_pages, page_tokens)
+    def step(lr: float, num_pages: int, page_tokens: int, list_share: float) -> None:
+        ids, weights = corpus.base_batch(rng, tokenizer, num_pages, page_tokens, list_share)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none")
         weight = weights[:, 1:].reshape(-1)
@@ -58,6 +58,7 @@ def train_base(settings: Settings) -> tuple[MistralForCausalLM, dict[str, float]
             settings.base_lr * min(1.0, (done + 1) / settings.base_warmup_steps),
             settings.base_pages,
             settings.base_page_tokens,
+            settings.base_list_share,
         )
         done += 1
         if done % 50 == 0:
@@ -67,7 +68,8 @@ def train_base(settings: Settings) -> tuple[MistralForCausalLM, dict[str, float]
                 break
     pages = settings.base_pages * settings.base_page_tokens // settings.base_cooldown_page_tokens
     for i in range(settings.base_cooldown_steps):
-        step(settings.base_lr * (1 - i / settings.base_cooldown_steps), pages, settings.base_cooldown_page_tokens)
+        lr = settings.base_lr * (1 - i / settings.base_cooldown_steps)
+        step(lr, pages, settings.base_cooldown_page_tokens, settings.base_cooldown_list_share)
         if i % 50 == 49:
             report(stage="base", fraction=0.6 + 0.4 * i / settings.base_cooldown_steps)
     right = gates.forced_derivations(model, probe)
@@ -121,7 +123,7 @@ def train_reward(settings: Settings, base: MistralForCausalLM) -> tuple[models.R
     for i in range(settings.reward_steps):
         # Telling right from wrong is learned on short responses, which are cheap; then the long ones join.
         short = i < settings.reward_short_share * settings.reward_steps
-        max_checks = rng.choice((0, 0, 1) if short else (0, 1, 3, 9))
+        max_checks = rng.choice((0, 0, 1) if short else (1, 3, 9))
         ids, attended, utilities, scored = corpus.reward_batch(rng, tokenizer, settings, max_checks)
         loss = preference_loss(model(ids, attended), utilities, scored)
         warm = min(1.0, (i + 1) / 20)

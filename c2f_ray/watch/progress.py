@@ -38,7 +38,7 @@ class Progress:
         """A stage begins. A log without a terminal shows each stage's first time only: it may take minutes."""
         self._stage = name
         if self._live is None and name not in self._stages_seen:
-            self._print(f"{name} ...")
+            self.note(f"{name} ...")
         self._stages_seen.add(name)
 
     def step(self, metrics: Mapping[str, float]) -> None:
@@ -46,9 +46,10 @@ class Progress:
         self._metrics = metrics
         self._steps_timed += 1
         if self._live is None:
-            self._print("  ".join(f"{name} {value}" for name, value in self._facts()))
+            self.note("  ".join(f"{name} {value}" for name, value in self._facts()))
 
-    def _print(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """One line that stays, above the panel or in the log."""
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _facts(self) -> list[tuple[str, str]]:

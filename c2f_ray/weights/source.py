@@ -1,7 +1,7 @@
 """The sending side's stream of weights: Hugging Face names, full tensors, the engine's dtype.
 
 Invariant: every learner rank walks the same layers in the same order, because under ZeRO-3 each gather is a
-collective. `weight_stream` yields tensors on the sending rank; the other ranks only take part in the gathers.
+collective. The sending rank iterates; the others take part.
 """
 
 import re
@@ -34,7 +34,8 @@ class ModuleWeights:
     """vLLM's `WeightSource` over a module, by duck typing: its `metadata` and a fresh iteration for each transfer.
 
     `gather` makes a list of parameters whole while its context is open; `deepspeed.zero.GatheredParameters` is one.
-    One decoder layer is whole at a time. Tied parameters are sent once, under their first name.
+    One decoder layer is whole at a time. Tied parameters are sent once, under their first name. Names are the module's,
+    which for dense models are the hub's; transformers 5 fuses a mixture's experts under names that vLLM refuses.
     """
 
     def __init__(self, module: Module, dtype: torch.dtype, gather: Gather = no_gather) -> None:

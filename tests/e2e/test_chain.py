@@ -90,10 +90,10 @@ def test_the_table_and_the_report_name_every_model(run: Path):
     evaluation = json.loads((run / "evaluation.json").read_text())
     limit = int(json.loads((run / "state.json").read_text())["length"]["limit"])
     names = ["base", "instruct", "coarse", f"coarse@{limit}"]
-    names += [f"{method}-{ratio}" for method in ("interpolate", "residue") for ratio in (0.0, 0.5)]
+    names += [f"{method}-{ratio}" for method in ("interpolate", "residue") for ratio in ("0", "0.5")]
     assert [model["name"] for model in evaluation["models"]] == names
     by_name = {model["name"]: model["metrics"] for model in evaluation["models"]}
-    assert by_name["residue-0.0"] == by_name["interpolate-0.0"] == by_name["instruct"], "ratio 0 is the instruct model"
+    assert by_name["residue-0"] == by_name["interpolate-0"] == by_name["instruct"], "ratio 0 is the instruct model"
     assert by_name["coarse"] != by_name["base"]
     assert by_name[f"coarse@{limit}"]["length"] <= limit < by_name["coarse"]["length"]
     report = (run / "report.html").read_text()

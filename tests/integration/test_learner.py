@@ -1,6 +1,7 @@
 """The learner with real DeepSpeed ranks over gloo, against a plain single-process computation of the same update."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import DeadlineError, NonFiniteUpdateError
-from c2f_ray.learner.batching import UpdateBatch
+from c2f_ray.learner.batching import UpdateBatch, split_by_tokens
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.recipe.schema import Recipe
 
@@ -192,10 +193,116 @@ def distance(ours: dict, theirs: dict, start: dict | None = None) -> float:
 
 
 def test_updates_equal_plain_torch(runs, plain, policy):
+    """In float32 against float64: rounding, and what AdamW makes of it where a gradient is almost zero."""
     assert runs.two.gradients.keys() == plain.gradients.keys()
-    print("gradients", distance(runs.two.gradients, plain.gradients), "weights", distance(runs.two.weights, plain.weights),
-      "change", distance(runs.two.weights, plain.weights, AutoModelForCausalLM.from_pretrained(policy).state_dict()))
-    for m in runs.two.metrics: print(m)
-    print(plain.loss, plain.kl, plain.norm)
-    for other in (runs.one, runs.small): print(distance(other.gradients, runs.two.gradients), distance(other.weights, runs.two.weights))
-    print(Path(runs.two.folder / "model.safetensors").read_bytes() == Path(runs.other_order.folder / "model.safetensors").read_bytes())
+    assert distance(runs.two.gradients, plain.gradients) < 3e-6
+    assert distance(runs.two.weights, plain.weights) < 2e-7
+    start = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    assert distance(runs.two.weights, plain.weights, start) < 1e-4
+    for update, metrics in enumerate(runs.two.metrics):
+        assert metrics["learner/loss"] == pytest.approx(plain.loss[update], rel=2e-6)
+        assert metrics["learner/grad_norm"] == pytest.approx(plain.norm[update], rel=2e-6)
+        assert metrics["kl/sequence"] == pytest.approx(plain.kl[update], rel=1e-3, abs=1e-6)
+    assert plain.norm[0] > 10 * MAX_GRAD_NORM  # so that the clip has been tried
+    assert plain.kl[1] > 0.01  # and the KL
+
+
+def test_metrics_of_the_first_update(runs, policy):
+    everything = trajectories(0)
+    sampled = everything.select(np.flatnonzero(~everything.info.greedy))
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    logprobs = [response_logprobs(model, p, r).detach() for p, r in zip(sampled.prompt, sampled.response, strict=True)]
+    gaps = (torch.cat(logprobs) + 4.0).abs()  # the sampler's are all -4
+    metrics = runs.two.metrics[0]
+    assert metrics["learner/tokens"] == sum(sampled.response.lengths) == len(gaps)
+    assert metrics["logprob_gap/max"] == pytest.approx(float(gaps.max()), rel=1e-6)
+    assert metrics["logprob_gap/mean"] == pytest.approx(float(gaps.mean()), rel=1e-6)
+    assert metrics["kl/sequence"] == metrics["kl/token"] == 0.0  # the policy still is its reference
+    assert [m["learner/lr"] for m in runs.two.metrics] == [LR, LR]
+    lengths = sampled.prompt.lengths + sampled.response.lengths
+    in_order = lengths[np.argsort(sampled.info.sample_id)]
+    # One micro-batch on each rank; each is padded to its longest row.
+    padded = sum(max(in_order[rows]) * len(rows) for rows in split_by_tokens(in_order, 2))
+    assert metrics["learner/padding_waste"] == pytest.approx(1 - lengths.sum() / padded)
+
+
+@pytest.mark.parametrize("name", ["one", "small"])
+def test_ranks_and_micro_batches_change_rounding_only(runs, name):
+    other = getattr(runs, name)
+    assert distance(other.gradients, runs.two.gradients) < 1e-6
+    assert distance(other.weights, runs.two.weights) < 1e-7
+    if name == "small":  # 64 tokens are one to four rows
+        assert other.metrics[0]["learner/padding_waste"] < runs.two.metrics[0]["learner/padding_waste"]
+
+
+def test_the_same_updates_give_the_same_bytes_in_any_order(runs):
+    files = sorted(path.name for path in runs.two.folder.iterdir())
+    assert files == sorted(path.name for path in runs.other_order.folder.iterdir())
+    for file in files:
+        assert (runs.two.folder / file).read_bytes() == (runs.other_order.folder / file).read_bytes(), file
+    timeless = [
+        [{name: value for name, value in metrics.items() if not name.startswith("time/")} for metrics in run.metrics]
+        for run in (runs.two, runs.other_order)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_exported_folder_is_the_learners_policy(runs, policy):
+    model = AutoModelForCausalLM.from_pretrained(runs.two.folder)
+    everything = trajectories(0)
+    sampled = [row for row, greedy in enumerate(everything.info.greedy) if not greedy]
+    assert sorted(runs.two.logprobs) == sorted(everything.info.sample_id[sampled].tolist())
+    for row in sampled:
+        expected = response_logprobs(model, everything.prompt[row], everything.response[row]).detach().numpy()
+        np.testing.assert_allclose(runs.two.logprobs[int(everything.info.sample_id[row])], expected, rtol=0, atol=2e-6)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (runs.two.folder / file).read_bytes() == (policy / file).read_bytes()
+    assert not runs.two.folder.with_name("two.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def broken(cluster, policy, tmp_path_factory):
+    """Two ranks whose policy is not a number behind token 63, and who wait for 10 s only."""
+    folder = tmp_path_factory.mktemp("broken")
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.get_input_embeddings().weight.data[63] = torch.nan
+    model.save_pretrained(folder)
+    group = LearnerGroup(recipe(folder, ranks=2, timeout_s=10), UPDATES)
+    group.wait_until_ready()
+    yield group
+    group.close()
+
+
+def test_an_update_that_is_not_finite_names_its_samples(broken):
+    everything, scores = trajectories(0), batch(0)
+    ids = [np.concatenate(rows)[:-1] for rows in zip(everything.prompt, everything.response, strict=True)]
+    bad = [
+        int(info)
+        for info, greedy, row in zip(everything.info.sample_id, everything.info.greedy, ids, strict=True)
+        if 63 in row and not greedy
+    ]
+    assert 1 < len(bad) < 10
+    with pytest.raises(NonFiniteUpdateError, match=re.escape(f"not finite: samples {sorted(bad)}")):
+        broken.update(shards(everything), scores)
+    scores.reward[3] = np.nan  # of sample 6
+    with pytest.raises(NonFiniteUpdateError, match=re.escape("rewards are not finite: samples [6]")):
+        broken.update(shards(everything), scores)
+
+
+def test_rewards_of_other_samples_are_refused(broken):
+    scores = batch(0)
+    scores.sample_id[0] = 99
+    with pytest.raises(ValueError, match=re.escape("samples [0, 99]")):
+        broken.update(shards(trajectories(0)), scores)
+
+
+def test_a_rank_that_does_not_answer_is_named(broken):
+    pid = ray.get(broken.ranks[1].__ray_call__.remote(lambda rank: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(DeadlineError, match="learner logprobs: no answer from rank 1 of 2 after 10 s"):
+        broken.logprobs(shards(trajectories(0)))
+    start = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RayActorError):
+        broken.logprobs(shards(trajectories(0)))
+    assert time.monotonic() - start < 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -78,7 +79,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts():
     numbers = np.random.default_rng(0)
-    return Ragged.from_rows([numbers.integers(3, VOCAB, length) for length in PROMPT_LENGTHS], np.int32)
+    rows = [numbers.integers(3, VOCAB, length) for length in PROMPT_LENGTHS]
+    return Ragged.from_rows([*rows, np.array([VOCAB + 9])], np.int32)  # the last has a token that there is not
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +264,6 @@ def test_without_the_reset_the_same_measurement_would_be_off(pool, connected, fo
     stale = generate_alone(actor, [request(0, 0)], 20)
     ray.get(actor.__ray_call__.remote(enable))
     fresh = generate_alone(actor, [request(0, 0)], 20)
-    print("stale", largest_error(folders[1], stale), "fresh", largest_error(folders[1], fresh))
     assert largest_error(folders[1], stale) > 1e-3
     assert largest_error(folders[1], fresh) < 1e-4
 
@@ -274,7 +275,6 @@ def test_a_request_gives_the_same_tokens_in_any_company(pool, connected):
     assert together.info.sample_id.tolist() == alone.info.sample_id.tolist() == list(range(24))
     assert alone.response.values.tolist() == together.response.values.tolist()
     np.testing.assert_allclose(alone.sampler_logprobs.values, together.sampler_logprobs.values, atol=2e-5)
-    print("in other company", np.abs(alone.sampler_logprobs.values - together.sampler_logprobs.values).max())
 
 
 def test_ordered_shards_hold_consecutive_samples_and_the_driver_sees_them_whole(pool, connected):
@@ -289,6 +289,16 @@ def test_ordered_shards_hold_consecutive_samples_and_the_driver_sees_them_whole(
         assert shard.response.lengths.tolist() == info.response_tokens.tolist()
         assert shard.prompt.lengths.tolist() == [PROMPT_LENGTHS[row] for row in info.prompt_row]
         assert info.greedy.tolist() == [bool(i % 2) for i in range(len(info))]
+
+
+def test_unordered_shards_come_in_the_order_of_finishing(pool, connected):
+    requests = [request(i, 1 + i // 4) for i in range(16)]
+    shards = list(pool.generate(requests, 60, ordered=False))
+    # The engine starts all requests at once, so that a shorter response finishes sooner.
+    for numbers in (range(8), range(8, 16)):
+        lengths = [sorted(info.response_tokens) for _, info in shards if info.sample_id[0] in numbers]
+        assert [len(shard) for shard in lengths] == [4, 4]
+        assert lengths[0][0] < lengths[0][-1] <= lengths[1][0]
 
 
 def test_greedy_is_that_of_transformers_and_ends_with_eos(pool, connected, folders):
@@ -320,10 +330,20 @@ def test_a_limit_beyond_the_engine_is_refused(pool, connected):
         list(pool.generate([request(0, 0)], 101, ordered=False))
 
 
-def test_another_folder_of_the_same_architecture_can_be_loaded(pool, connected, folders):
+def test_a_request_that_vllm_refuses_leaves_nothing_behind(pool, connected):
+    with pytest.raises(RayTaskError, match="out of vocabulary"):
+        list(pool.generate([request(0, 1), request(1, 2), request(2, len(PROMPT_LENGTHS))], 60, ordered=True))
+    assert collect(pool.generate([request(5, 3)], 5, ordered=True)).info.sample_id.tolist() == [5]
+    idle = [
+        actor.__ray_call__.remote(lambda self: self.llm.llm_engine.has_unfinished_requests()) for actor in pool.actors
+    ]
+    assert ray.get(idle) == [False, False]
+
+
+def test_another_folder_of_the_same_architecture_can_be_loaded(pool, connected, folders, prompts):
     actor = pool.actors[0]
     generate_alone(actor, [request(0, 0)], 5)
-    ray.get(actor.load_folder.remote(str(folders[0])))
+    ray.get(actor.load_folder.remote(str(folders[0]), prompts))
     assert_same_weights(actor, folders[0])
     batch = generate_alone(actor, [request(0, 0)], 20)
     assert batch.info.weight_version.tolist() == [0]
@@ -362,7 +382,6 @@ def test_a_peer_that_died_is_named_and_the_survivor_refuses(pool, connected):
     began = time.monotonic()
     with pytest.raises(DeadlineError, match=r"receiving(.*\n)*.*rollout actor 1: the actor is dead"):
         ray.get(connected.send.remote(9))
-    print("died", time.monotonic() - began)
     assert time.monotonic() - began < 10
     with pytest.raises(C2FError, match="no weights"):
         generate_alone(pool.actors[0], [request(0, 1)], 5)
