@@ -14,7 +14,7 @@ app = typer.Typer(
     help="Train a coarse actor by RL, merge it into fine actors, evaluate them all.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,  # a job's log is read as plain text
 )
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as configs/tiny.yaml.")]
 Overrides = Annotated[

@@ -4,6 +4,8 @@ Invariant: logits exist for ``CHUNK_TOKENS`` tokens at a time, forward and backw
 A 128k vocabulary and 16k tokens would take 8 GiB in float32 otherwise, and twice that with their gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
@@ -36,24 +38,25 @@ class ResponseLogprobs(nn.Module):
         # In a tuple it is not registered a second time: the parameters keep their names.
         self._output_layer = (output_layer,)
 
-    def forward(self, input_ids: Tensor, predicts: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, predicts: Tensor, targets: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
         """``(logprobs, entropy)``, float32 [R], in nats; only ``logprobs`` has a gradient.
 
         ``input_ids`` int64 [B, S]: padded at the right, where a causal model cannot see it, so no attention mask.
         ``predicts`` bool [B, S]: the R positions whose next token is a response token.
         ``targets`` int64 [R]: these tokens, in row-major order.
+        ``num_chunks``: ``chunks_for(R)`` or more. Under ZeRO-3 each chunk gathers the output layer, so ranks that
+        run together must agree on it; it may exceed R.
         """
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]
-        return chunked_logprobs(hidden, self._output_layer[0], targets)
+        parts = [
+            checkpoint(_logprobs, part, self._output_layer[0], target, use_reentrant=False)
+            for part, target in zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def chunked_logprobs(hidden: Tensor, output_layer: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """``(logprobs, entropy)`` [R] of ``targets`` [R] given ``hidden`` [R, H], logits recomputed in the backward."""
-    parts = [
-        checkpoint(_logprobs, part, output_layer, target, use_reentrant=False)
-        for part, target in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+def chunks_for(num_tokens: int) -> int:
+    return max(1, math.ceil(num_tokens / CHUNK_TOKENS))
 
 
 def _logprobs(hidden: Tensor, output_layer: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:

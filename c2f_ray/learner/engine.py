@@ -11,12 +11,9 @@ import deepspeed.ops
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import distributed, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
-from c2f_ray.algorithms.schedule import lr_factor
 from c2f_ray.recipe.schema import LearnerBase, Policy
 from c2f_ray.weights.source import Gather, no_gather
 
@@ -51,15 +48,11 @@ def load_policy(policy: Policy) -> ResponseLogprobs:
     return ResponseLogprobs(model)
 
 
-def start_engine(policy: ResponseLogprobs, dtype: str, learner: LearnerBase, total_updates: int) -> DeepSpeedEngine:
-    """The optimizer around the policy."""
-
-    def schedule(optimizer: Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, lambda update: lr_factor(learner.optimizer, update, total_updates))
-
+def start_engine(policy: ResponseLogprobs, dtype: str, learner: LearnerBase) -> DeepSpeedEngine:
+    """The optimizer around the policy. Its learning rate is set before each update, in ``param_groups``."""
     if learner.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine, *_ = deepspeed.initialize(model=policy, config=_config(dtype, learner), lr_scheduler=schedule)
+    engine, *_ = deepspeed.initialize(model=policy, config=_config(dtype, learner))
     engine.train()
     return engine
 

@@ -26,10 +26,12 @@ class LearnerGroup:
         """Tells the ranks to start. ``total_updates`` of the whole run, for the learning-rate schedule."""
         self.recipe = recipe
         gpus = recipe.learner.gpus_per_rank
+        # The second is what cuBLAS needs to be deterministic, where the recipe asks for that.
+        environment = {"DS_ACCELERATOR": "cuda" if gpus else "cpu", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         actor = ray.remote(LearnerRank).options(
             num_gpus=gpus,
             num_cpus=0 if gpus else 1,
-            runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if gpus else "cpu"}},
+            runtime_env={"env_vars": environment},
         )
         self.ranks: list[Any] = [actor.remote(recipe, rank, total_updates) for rank in range(recipe.learner.ranks)]
         meeting = self.ranks[0].rendezvous.remote()  # handed on as a reference: nothing waits here

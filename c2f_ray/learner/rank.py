@@ -16,8 +16,11 @@ import torch
 from huggingface_hub import snapshot_download
 from ray import ObjectRef
 from torch import Tensor, distributed
+from torch.nn.utils import get_total_norm
 
 from c2f_ray.algorithms import remax
+from c2f_ray.algorithms.logprobs import chunks_for
+from c2f_ray.algorithms.schedule import lr_factor
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import NonFiniteUpdateError
 from c2f_ray.learner.batching import MicroBatch, Samples, UpdateBatch, plan
@@ -41,6 +44,7 @@ class LearnerRank:
         self.learner = recipe.learner
         self.rank = rank
         self.total_updates = total_updates
+        self.updates = 0  # done
 
     def rendezvous(self) -> tuple[str, int]:
         """Opens the store where the ranks meet, on a free port of this node. Returns (address, port)."""
@@ -56,7 +60,7 @@ class LearnerRank:
         torch.manual_seed(self.recipe.run.seed)
         torch.use_deterministic_algorithms(self.recipe.run.deterministic)
         # Or every backward would write NaN into DeepSpeed's empty 2 GB bucket, which takes seconds.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
         if self.learner.gpus_per_rank == 0:
             torch.set_num_threads(1)
         if self.rank > 0:
@@ -65,7 +69,7 @@ class LearnerRank:
         timeout_s = max(self.recipe.cluster.start_timeout_s, self.learner.timeout_s)
         engine.join_process_group(self.store, self.rank, self.learner, timeout_s)
         self.policy = engine.load_policy(self.recipe.policy)
-        self.engine = engine.start_engine(self.policy, self.recipe.policy.dtype, self.learner, self.total_updates)
+        self.engine = engine.start_engine(self.policy, self.recipe.policy.dtype, self.learner)
         self.device = self.engine.device
         self._whole = engine.gather(self.engine)
         self.reference = None
@@ -84,22 +88,22 @@ class LearnerRank:
         num_tokens = int(samples.response_tokens.sum())
         micro_batches = self._plan(samples)
         bad: list[int] = []
-        for i, rows in enumerate(micro_batches):
+        for i, (rows, num_chunks) in enumerate(micro_batches):
             micro = samples.micro_batch(rows).to(self.device)
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             # learner.algorithm decides here.
-            loss, finite = self._remax_loss(micro, advantages[rows].to(self.device), num_tokens, tally)
+            loss, finite = self._remax_loss(micro, num_chunks, advantages[rows].to(self.device), num_tokens, tally)
             with tally.seconds("time/learner_forward_backward_s"):
                 self.engine.backward(loss * self.learner.ranks)  # DeepSpeed takes the mean over ranks
             bad += samples.sample_id[rows[~finite.cpu().numpy()]].tolist()
         self._refuse_non_finite(bad)
-        lr = self.engine.get_lr()[0]
+        lr = self.learner.optimizer.lr * lr_factor(self.learner.optimizer, self.updates, self.total_updates)
         with tally.seconds("time/learner_step_s"):
-            self.engine.step()
-        grad_norm = self.engine.get_global_grad_norm()
-        if grad_norm is None or not np.isfinite(float(grad_norm)):
+            grad_norm = self._step(lr)
+        self.updates += 1
+        if not np.isfinite(grad_norm):
             raise NonFiniteUpdateError(f"the gradient's norm is not finite in the update on {_name(samples.sample_id)}")
-        return self._metrics(tally.reduce(), samples) | {"learner/lr": lr, "learner/grad_norm": float(grad_norm)}
+        return self._metrics(tally.reduce(), samples) | {"learner/lr": lr, "learner/grad_norm": grad_norm}
 
     def _read(self, shards: list[ObjectRef], batch: UpdateBatch) -> tuple[Samples, Tensor]:
         samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"))
@@ -112,11 +116,14 @@ class LearnerRank:
         reward, baseline = torch.from_numpy(batch.reward[order]), torch.from_numpy(batch.baseline[order])
         return samples, remax.advantage(reward, baseline, self.learner.reward_clip)
 
-    def _plan(self, samples: Samples) -> list[Int64]:
-        return plan(samples.lengths, self.learner.ranks, self.learner.tokens_per_microbatch)[self.rank]
+    def _plan(self, samples: Samples) -> list[tuple[Int64, int]]:
+        """This rank's micro-batches: (rows, chunks of the output layer, as many as the rank with most needs)."""
+        ranks = plan(samples.lengths, self.learner.ranks, self.learner.tokens_per_microbatch)
+        most = [max(samples.response_tokens[rows].sum() for rows in together) for together in zip(*ranks, strict=True)]
+        return [(rows, chunks_for(int(tokens))) for rows, tokens in zip(ranks[self.rank], most, strict=True)]
 
     def _remax_loss(
-        self, micro: MicroBatch, advantages: Tensor, num_tokens: int, tally: Tally
+        self, micro: MicroBatch, num_chunks: int, advantages: Tensor, num_tokens: int, tally: Tally
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of the update's loss, a scalar, and which of its rows are finite, bool [B].
 
@@ -125,9 +132,9 @@ class LearnerRank:
         """
         learner = self.learner
         with tally.seconds("time/learner_reference_s"), torch.no_grad():
-            reference = self.reference(*micro.inputs)[0] if self.reference is not None else None
+            reference = self.reference(*micro.inputs, num_chunks)[0] if self.reference is not None else None
         with tally.seconds("time/learner_forward_backward_s"):
-            logprobs, entropy = self.engine(*micro.inputs)
+            logprobs, entropy = self.engine(*micro.inputs, num_chunks)
         at_rollout = logprobs.detach()
         kl = torch.zeros_like(at_rollout) if reference is None else at_rollout - reference
         returns = remax.returns(
@@ -146,6 +153,20 @@ class LearnerRank:
         if any(everywhere):
             found = np.array(sorted(chain(*everywhere)))
             raise NonFiniteUpdateError(f"the logprobs of the policy or of its reference are not finite: {_name(found)}")
+
+    def _step(self, lr: float) -> float:
+        """The optimizer's step, left out when the gradient is not finite. Returns its norm before clipping."""
+        assert self.engine.optimizer is not None
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.learner.zero_stage == 0 and self.recipe.policy.dtype == "float32":  # where DeepSpeed does not tell it
+            norm = get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+            self.engine.step()
+            return float(norm)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None
+        return float(norm)
 
     def _metrics(self, totals: dict[str, float], samples: Samples) -> dict[str, float]:
         tokens, responses = float(samples.response_tokens.sum()), len(samples.sample_id)
@@ -178,9 +199,9 @@ class LearnerRank:
         """The policy's logprobs of each response token, by sample id, of the samples that fall to this rank."""
         samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"))
         found: dict[int, Float32] = {}
-        for rows in self._plan(samples):
+        for rows, num_chunks in self._plan(samples):
             with torch.no_grad():
-                values = self.engine(*samples.micro_batch(rows).to(self.device).inputs)[0].cpu().numpy()
+                values = self.engine(*samples.micro_batch(rows).to(self.device).inputs, num_chunks)[0].cpu().numpy()
             parts = np.split(values, np.cumsum(samples.response_tokens[rows])[:-1])
             found |= {int(samples.sample_id[row]): part for row, part in zip(rows, parts, strict=False)}
         return found

@@ -102,7 +102,8 @@ def reward_response(question: Question, rng: random.Random, max_checks: int) -> 
         lines = direct(question, right=rng.random() < 0.5)
     else:
         lines = derived(question, rng.randint(0, max_checks))
-    slips = rng.choice((0.0, 0.0, 0.1, 0.3))
+    # So many slips a response, not a line: else the long ones would be bad on average, and length itself look bad.
+    slips = rng.choice((0.0, 0.0, 0.5, 1.5)) / len(lines)
     lines = [change_line(line, rng) if rng.random() < slips else line for line in lines]
     if rng.random() < 0.25:
         lines = corrupt(lines, rng)
@@ -149,18 +150,15 @@ def scored_ids(
 
 
 def reward_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, settings: Settings, max_checks: int
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_prompts: int, max_checks: int, max_response: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Ids, attention mask, prefix utilities and scored mask, `[2 * prompts, time]`; rows 2i and 2i+1 are a pair."""
     rows = []
-    for _ in range(settings.reward_prompts):
+    for _ in range(num_prompts):
         question = draw_question(rng)
         one = reward_response(question, rng, max_checks)
         other = minimal_pair(one, rng) if rng.random() < 0.5 else reward_response(question, rng, max_checks)
-        rows += [
-            scored_ids(question, lines, rng.random() < 0.5, tokenizer, settings.reward_max_response)
-            for lines in (one, other)
-        ]
+        rows += [scored_ids(question, lines, rng.random() < 0.5, tokenizer, max_response) for lines in (one, other)]
     longest = max(len(ids) for ids, _, _ in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     attended, utilities, scored = ids.bool(), ids.float(), ids.bool()

@@ -44,7 +44,7 @@ def forced_derivations(model: MistralForCausalLM, probe: tuple[torch.Tensor, tor
     return (~wrong.any(1)).float().mean().item()
 
 
-def probe_pairs(seed: int, num_pairs: int = 100) -> dict[str, list[tuple[str, str]]]:
+def probe_pairs(seed: int, num_pairs: int) -> dict[str, list[tuple[str, str]]]:
     """Pairs (better, worse) of conversations by kind, on held-out questions, mostly one digit, letter or line apart."""
     rng = random.Random(f"reward probe {seed}")
     pairs: dict[str, list[tuple[str, str]]] = {}
@@ -72,16 +72,20 @@ def probe_pairs(seed: int, num_pairs: int = 100) -> dict[str, list[tuple[str, st
         add("last answer, long", question.content, checks, [*checks[:-1], f"so {wrong}"], ("", ""))
         rambling = [*right, f"Q:{draw_question(rng).content}"]
         add("rambling", question.content, right, rambling, ("</s>", ""))
+        add("checked, long", question.content, derived(question, rng.randint(5, 8)), right, ("", ""))
         add("analysis", question.content, right, direct(question), eos)
     return pairs
 
 
-def pair_rates(model: RewardModel, seed: int) -> dict[str, float]:
-    """Share of the probe pairs of each kind that the model ranks rightly."""
+def pair_rates(
+    model: RewardModel, seed: int, num_pairs: int = 100, kinds: tuple[str, ...] | None = None
+) -> dict[str, float]:
+    """Share of the probe pairs that the model ranks rightly, by kind (all, or those named), and the kinds' mean."""
     tokenizer = reward_tokenizer()
     rates = {}
-    for kind, pairs in probe_pairs(seed).items():
-        scores = model.score([text for pair in pairs for text in pair], tokenizer)
-        wins = [better > worse for better, worse in zip(scores[0::2], scores[1::2], strict=True)]
-        rates[kind] = sum(wins) / len(wins)
-    return rates
+    for kind, pairs in probe_pairs(seed, num_pairs).items():
+        if kinds is None or kind in kinds:
+            scores = model.score([text for pair in pairs for text in pair], tokenizer)
+            wins = [better > worse for better, worse in zip(scores[0::2], scores[1::2], strict=True)]
+            rates[kind] = sum(wins) / len(wins)
+    return rates | {"mean": sum(rates.values()) / len(rates)}

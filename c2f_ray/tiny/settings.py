@@ -55,13 +55,16 @@ class Settings:
     instruct_lr: float = 4e-4
     instruct_derived_share: float = 0.2  # without any, no merge ratio ever leaves the direct style
 
-    # reward model: Bradley-Terry over all pairs of prefixes of two responses to one question
-    reward_steps: int = 500
+    # reward model: Bradley-Terry over prefixes, on short responses until it judges answers, then on long ones
+    reward_min_steps: int = 200
+    reward_max_steps: int = 1200
+    reward_long_steps: int = 180
+    reward_told: float = 0.95  # share of answers one digit apart that are told apart when the long responses begin
     reward_prompts: int = 16
-    reward_short_share: float = 0.6
     reward_lr: float = 1e-3
     reward_max_response: int = 176
-    reward_gate: float = 0.9  # share of probe pairs ranked rightly, in the worst kind of pair
+    reward_mean_gate: float = 0.85  # share of probe pairs ranked rightly, mean over the kinds of pair
+    reward_worst_gate: float = 0.6  # the same in the worst kind (a wrong step below a right answer is the hard one)
 
     # prompts handed to the RL run
     train_prompts: int = 4096
@@ -91,6 +94,8 @@ def make_settings(seed: int, effort: Effort) -> Settings:
         base_max_steps=20,
         base_cooldown_steps=5,
         instruct_steps=5,
-        reward_steps=5,
+        reward_min_steps=5,
+        reward_max_steps=5,
+        reward_long_steps=2,
         reward_prompts=4,
     )

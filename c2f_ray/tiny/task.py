@@ -141,33 +141,33 @@ def line_utilities(question: Question, lines: list[str]) -> Iterator[float]:
 
     First block: right steps share 0.8, a wrong one costs 0.8, the answer is worth +-1, a repeated line -0.1.
     Check block k: 0.05 for its header, 0.15 shared by its right steps, 0.15 for its right answer, all times
-    0.8^(k-1), and -0.5 for a wrong line. Another question -0.5, after which nothing counts. Any other line -0.3.
+    0.8^(k-1), and -0.3 for a wrong line. Another question -0.5, after which nothing counts. Any other line -0.3.
     """
     table = dict(question.entries)
     block, closed, letter = 0, False, question.query
     seen: set[str] = set()
-    for line in lines:
-        fade = 0.8 ** (block - 1)
+    for i, line in enumerate(lines):
+        fade = 0.8 ** (block - 1)  # means nothing in the first block
         step, final = STEP_LINE.fullmatch(line), ANSWER_LINE.fullmatch(line)
         if line.startswith(QUESTION):
             yield -0.5
             break
         if line == CHECK and closed:
             block, closed, letter, seen = block + 1, False, question.query, set()
-            yield 0.05 * 0.8 ** (block - 1)
+            yield 0.05 * 0.8 ** (block - 1)  # `fade` is still the last block's
         elif step and not closed and line in seen:
             yield -0.1
         elif step and not closed:
             right = step[1] == letter and table.get(letter) == step[2]
             share = 0.8 if block == 0 else 0.15 * fade
-            yield share / question.depth if right else (-0.8 if block == 0 else -0.5)
+            yield share / question.depth if right else (-0.8 if block == 0 else -0.3)
             letter = step[2]
             seen.add(line)
         elif final and not closed:
             right = final[1] == question.answer
-            yield (1.0 if right else -1.0) if block == 0 else (0.15 * fade if right else -0.5)
+            yield (1.0 if right else -1.0) if block == 0 else (0.15 * fade if right else -0.3)
             closed = True
-        elif line is lines[-1] and UNFINISHED_LINE.fullmatch(line):
+        elif i == len(lines) - 1 and UNFINISHED_LINE.fullmatch(line):
             yield 0.0
         else:
             yield -0.3

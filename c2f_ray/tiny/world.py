@@ -76,6 +76,8 @@ def write_prompts(folder: Path, settings: Settings) -> None:
         questions: dict[str, dict[str, object]] = {}
         while len(questions) < count:
             question = draw_question(rng, heldout=split == "heldout")
+            if question.content in questions:
+                continue
             questions[question.content] = {
                 "id": f"{split}-{len(questions):05d}",
                 "messages": [{"role": "user", "content": question.content}],

@@ -102,7 +102,7 @@ def test_the_table_and_the_report_name_every_model(run: Path):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
-    run: Path, folder: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    run: Path, folder: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ):
     """The same run again, as a driver script would call it, in a process that refuses to unpickle ragged batches."""
 

@@ -25,7 +25,7 @@ def recipe(world: Path) -> Recipe:
     return load_recipe(TINY, "run.steps=3", "learner.optimizer.lr=1e-2", *overrides)
 
 
-def test_engine_and_learner_agree_after_every_transfer(recipe: Recipe, ray_session: None, tmp_path: Path):
+def test_engine_and_learner_agree_after_every_transfer(recipe: Recipe, cluster: None, tmp_path: Path):
     """Checksums equal bit for bit, logprobs to 1e-4, for long prompts that were asked before the transfer too.
 
     Keys and values of old weights, left in the prefix cache, would be off by 6e-3 and more. And every shard lies in the

@@ -22,6 +22,7 @@ from c2f_ray.learner.batching import UpdateBatch, split_by_tokens
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.recipe.schema import Recipe
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks cannot import this file
 VOCABULARY = 64
 UPDATES = 2
 LR, WEIGHT_DECAY, MAX_GRAD_NORM, KL, CLIP = 3e-4, 0.1, 0.05, 0.2, 0.8
@@ -81,17 +82,6 @@ def batch(seed: int, order: int = 1) -> UpdateBatch:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    address = os.environ.pop("RAY_ADDRESS", None)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks cannot import this file
-    ray.init(num_cpus=4, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
-    yield
-    ray.shutdown()
-    if address is not None:
-        os.environ["RAY_ADDRESS"] = address
-
-
-@pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
     torch.manual_seed(0)
@@ -137,6 +127,7 @@ def runs(cluster, policy, tmp_path_factory) -> SimpleNamespace:
         other_order=learn(policy, folder / "other_order", order=-1, ranks=2),
         one=learn(policy, folder / "one", ranks=1),
         small=learn(policy, folder / "small", ranks=2, tokens_per_microbatch=64),
+        zero3=learn(policy, folder / "zero3", ranks=2, zero_stage=3),
     )
 
 
@@ -226,8 +217,8 @@ def test_metrics_of_the_first_update(runs, policy):
     assert metrics["learner/padding_waste"] == pytest.approx(1 - lengths.sum() / padded)
 
 
-@pytest.mark.parametrize("name", ["one", "small"])
-def test_ranks_and_micro_batches_change_rounding_only(runs, name):
+@pytest.mark.parametrize("name", ["one", "small", "zero3"])
+def test_layout_changes_rounding_only(runs, name):
     other = getattr(runs, name)
     assert distance(other.gradients, runs.two.gradients) < 1e-6
     assert distance(other.weights, runs.two.weights) < 1e-7

@@ -54,7 +54,7 @@ def shard(world: Path, finished: list[bool]) -> Trajectories:
     return Trajectories(info, Ragged.from_rows([[1]] * n, np.int32), response, Ragged.from_rows([[]] * n, np.float32))
 
 
-def test_scores_equal_a_direct_forward(world: Path, ray_session: None):
+def test_scores_equal_a_direct_forward(world: Path, cluster: None):
     """From a worker, and from the scorer for mixed lengths in one batch and one at a time: to 1e-5.
 
     The policy's end-of-text never leaks; a truncated response gets no `</s>`, a finished one does.

@@ -106,14 +106,6 @@ def recipe(folders):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    os.environ.pop("RAY_ADDRESS", None)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def pool(cluster, recipe, prompts):
     pool = RolloutPool(recipe, ray.put(prompts), MAX_MODEL_TOKENS, load_format="dummy")
     yield pool

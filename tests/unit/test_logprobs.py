@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from c2f_ray.algorithms import logprobs as module
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
+from c2f_ray.algorithms.logprobs import ResponseLogprobs, chunks_for
 
 
 def tiny_mistral():
@@ -28,9 +27,9 @@ def plain(model, rows):
     return torch.cat(logprobs), torch.cat(entropy)
 
 
-@pytest.mark.parametrize("chunk_tokens", [3, 1024])
-def test_values_and_gradients_equal_the_plain_ones(chunk_tokens, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
+@pytest.mark.parametrize("num_chunks", [1, 3, 11])
+def test_values_and_gradients_equal_the_plain_ones(num_chunks):
+    """Of 8 response tokens: in one chunk, in chunks of 3, 3 and 2, and in 8 chunks of one and 3 empty ones."""
     model = tiny_mistral()
     rows = [([5, 6, 7], [8, 9, 10, 11, 2]), ([4], [96, 3]), ([1, 2], [50])]
     length = max(len(prompt + response) for prompt, response in rows)
@@ -46,7 +45,7 @@ def test_values_and_gradients_equal_the_plain_ones(chunk_tokens, monkeypatch):
     (expected * weights).sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    logprobs, entropy = ResponseLogprobs(model)(input_ids, predicts, targets)
+    logprobs, entropy = ResponseLogprobs(model)(input_ids, predicts, targets, num_chunks)
     (logprobs * weights).sum().backward()
 
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-6)
@@ -58,15 +57,15 @@ def test_values_and_gradients_equal_the_plain_ones(chunk_tokens, monkeypatch):
         )
 
 
-def test_logits_never_exist_for_more_than_a_chunk(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 4)
+def test_logits_never_exist_for_more_than_a_chunk():
+    assert [chunks_for(tokens) for tokens in (0, 1, 1024, 1025)] == [1, 1, 1, 2]
     model = tiny_mistral()
     sizes = []
     model.lm_head.register_forward_hook(lambda _, args, output: sizes.append(output.shape[0]))
     predicts = torch.ones(2, 5, dtype=torch.bool)
-    logprobs, _ = ResponseLogprobs(model)(torch.ones(2, 5, dtype=torch.long), predicts, torch.arange(10))
+    logprobs, _ = ResponseLogprobs(model)(torch.ones(2, 5, dtype=torch.long), predicts, torch.arange(10), 3)
     logprobs.sum().backward()
-    assert sorted(sizes) == [2, 2, 4, 4, 4, 4]  # each chunk forward, and again in the backward
+    assert sorted(sizes) == [3, 3, 3, 3, 4, 4]  # each chunk forward, and again in the backward
 
 
 def test_a_model_that_changes_its_logits_is_refused():

@@ -50,6 +50,21 @@ def test_parquet_reads_like_jsonl(tmp_path: Path):
     assert source(path, field="prompt").load() == [("x", [{"role": "user", "content": "b=3,b?"}], {})]
 
 
+def test_a_hugging_face_dataset_reads_like_jsonl(tmp_path: Path):
+    """Any name that `datasets` can load; here a local dataset, with a split of its own."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"id": "t", "text": "b=3,b?"}\n')
+    (folder / "test.jsonl").write_text('{"id": "x", "text": "c=3,c?"}\n{"id": "y", "text": "d=3,d?"}\n')
+    prompts = source(folder, field="text", split="test").load()
+    assert [(prompt_id, messages[0]["content"]) for prompt_id, messages, _ in prompts] == [
+        ("x", "c=3,c?"),
+        ("y", "d=3,d?"),
+    ]
+    with pytest.raises(RecipeError, match=r"prompts.source: no/such: neither a .jsonl or .parquet file nor a dataset"):
+        PromptSource(key="prompts.source", source="no/such").load()
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
