@@ -24,7 +24,7 @@ from c2f_ray.data.texts import save_trajectories
 from c2f_ray.data.trajectory import Float32, TrajectoryInfo
 from c2f_ray.errors import C2FError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
-from c2f_ray.preflight import Checked, check_train, run_folder
+from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
@@ -59,13 +59,14 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
 
     Raises RecipeError, with nothing written, when the recipe cannot be run; `fresh` removes an earlier run's folder.
     """
+    given, recipe = recipe, with_absolute_folders(recipe)
     checked = check_train(recipe, fresh)
     folder = run_folder(recipe)
     with ray_session(train_needs(recipe)), ExitStack() as stack:
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        (folder / "recipe.yaml").write_text(dump_recipe(given))
         progress = stack.enter_context(Progress(checked.total_steps))
         log = stack.enter_context(closing(MetricsLog(folder)))
         if checked.prompts.num_dropped:

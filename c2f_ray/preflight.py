@@ -113,6 +113,20 @@ def check_model(key: str, model: str) -> PreTrainedConfig:
         raise RecipeError(f"{key}: {model}: neither a model folder nor a model on the hub: {first}") from None
 
 
+def with_absolute_folders(recipe: Recipe) -> Recipe:
+    """The recipe with its model folders as absolute paths: an actor's working directory need not be the driver's."""
+    policy = recipe.policy.model_copy(update={"model": absolute_folder(recipe.policy.model)})
+    reward = recipe.reward
+    if isinstance(reward, UltraRMReward):
+        reward = reward.model_copy(update={"model": absolute_folder(reward.model)})
+    return recipe.model_copy(update={"policy": policy, "reward": reward})
+
+
+def absolute_folder(model: str) -> str:
+    """A folder's absolute path; a name on the hub stays as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
 def check_context(config: PreTrainedConfig, prompt_key: str, prompt: int, response_key: str, response: int) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and prompt + response > context:

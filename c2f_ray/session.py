@@ -1,5 +1,6 @@
 """One way into Ray: the session that there is, the cluster that the environment names, or a new local one."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,9 +59,11 @@ def _connect(cpus: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address != "local":
         try:
-            ray.init(address="auto", log_to_driver=False)
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
             return
         except ConnectionError as error:
             if address:
                 raise RecipeError(f"RAY_ADDRESS: {address}: no cluster answers there: {error}") from None
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+    )

@@ -19,7 +19,14 @@ from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Ragged, Trajectories
 from c2f_ray.errors import RecipeError
 from c2f_ray.evaluation.metrics import mean, response_metrics
-from c2f_ray.preflight import check_context, check_model, check_reward, run_folder
+from c2f_ray.preflight import (
+    absolute_folder,
+    check_context,
+    check_model,
+    check_reward,
+    run_folder,
+    with_absolute_folders,
+)
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Evaluate, UltraRMReward
 from c2f_ray.reward.pool import RewardPool
@@ -45,6 +52,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
     Responses go to `evaluation/NAME.parquet`. Raises RecipeError when something is missing, with nothing written.
     """
+    recipe = with_absolute_folders(recipe)
     settings, reward, candidates = check_evaluate(recipe)
     folder = run_folder(recipe)
     models: list[dict[str, Any]] = []
@@ -108,7 +116,7 @@ def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward, list[Candid
         template = _template(recipe, model)
         if template not in prompts:
             prompts[template] = _heldout_prompts(recipe, recipe.evaluate, template)
-        candidates.append(Candidate(name, model, prompts[template]))
+        candidates.append(Candidate(name, absolute_folder(model), prompts[template]))
     return recipe.evaluate, reward, candidates
 
 

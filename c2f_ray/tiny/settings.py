@@ -42,11 +42,11 @@ class Settings:
     base_list_share: float = 0.75  # copying is learned from list pages, styles of answering from the rest
     base_lr: float = 3e-3
     base_warmup_steps: int = 50
-    base_min_steps: int = 500
+    base_min_steps: int = 300
     base_max_steps: int = 3000
-    base_cooldown_steps: int = 300
+    base_cooldown_steps: int = 700
     base_cooldown_page_tokens: int = 192
-    base_cooldown_list_share: float = 0.3
+    base_cooldown_list_share: float = 0.35
     base_gate: float = 0.95  # share of questions whose forced derivation is right to the last digit
 
     # instruct: a short fine-tuning of the base, response tokens only

@@ -13,6 +13,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 LETTERS = "abcdef"
 DIGITS = "0123456789"
@@ -180,14 +181,14 @@ def utility(question: Question, response: str, ended: bool) -> float:
     return sum(line_utilities(question, lines)) - (1.0 if unanswered else 0.0)
 
 
-def accuracy(prompt: str, response: str, finished: bool) -> dict[str, float]:
-    """Grade any model's response text to a prompt that contains a lookup question.
+def accuracy(record: dict[str, Any], response: str, finished: bool) -> dict[str, float]:
+    """Grade any model's response to a lookup question, which is the last of the record's `messages`.
 
     The answer is the first `so` line of the first block, that is before any `check` line or further question: what a
     reader would stop at, and what redundancy after it can neither earn nor spoil. `accuracy` is 1 if it is right;
     `strict` is 1 if moreover the model ended the response by itself (`finished`) and did not run on into a question.
     """
-    question = parse_question(prompt)
+    question = parse_question(record["messages"][-1]["content"])
     lines = response.strip().split("\n")
     right = False
     for line in lines:

@@ -169,5 +169,5 @@ def test_coarse_and_fine_load_in_plain_transformers_and_plain_vllm(run: Path):
 def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, override: str, problem: str):
     done = c2f_ray(folder, "train", "configs/tiny.yaml", "run.name=bad", *override.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(problem), done.stderr
+    assert problem in done.stderr
     assert not (folder / "runs" / "bad").exists()

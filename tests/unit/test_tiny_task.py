@@ -61,12 +61,13 @@ def test_utility_by_hand(response, ended, expected):
 )
 def test_grades_by_hand(response, finished, accuracy, strict):
     for prompt in (QUESTION.content, f"Q:{QUESTION.content}\nA:", f"Human: a=1,b=a,b?\nAssistant: {QUESTION.content}"):
-        assert task.accuracy(prompt, response, finished) == {"accuracy": accuracy, "strict": strict}
+        record = {"messages": [{"role": "user", "content": prompt}]}
+        assert task.accuracy(record, response, finished) == {"accuracy": accuracy, "strict": strict}
 
 
 def test_grader_refuses_a_prompt_without_a_question():
     with pytest.raises(ValueError, match="no lookup question"):
-        task.accuracy("What is 2 + 2?", "so 4", True)
+        task.accuracy({"messages": [{"role": "user", "content": "What is 2 + 2?"}]}, "so 4", True)
 
 
 def test_questions_split_by_their_text_and_ask_for_one_of_two_digits():
