@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from c2f_ray.session import ray_session, train_needs
 from c2f_ray.waiting import wait_for
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
+
+MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
 
 
 @dataclass
@@ -88,7 +91,7 @@ class _Training:
         self.prompt_ids = checked.prompts.ids
         self.prompts = ray.put(checked.prompts)
         self.state = RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
-        self.saving: Any = None  # reference to the last step's write of its trajectories
+        self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
         self.seconds: dict[str, float] = {}
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
@@ -111,7 +114,7 @@ class _Training:
             log.write(metrics)
             progress.step(metrics)
         progress.stage("exporting the coarse actor")
-        self.wait_for_saved_trajectories()
+        self.wait_for_saved_trajectories(0)
         self.learner.export(self.folder / "coarse")
 
     def step(self, progress: Progress) -> dict[str, Any]:
@@ -200,9 +203,9 @@ class _Training:
         return Rollouts(shards, reward_refs, info, rewards)
 
     def save(self, rollouts: Rollouts) -> None:
-        self.wait_for_saved_trajectories()
+        self.wait_for_saved_trajectories(MAX_UNSAVED)
         path = self.folder / "trajectories" / f"step_{self.state.step:06d}.parquet"
-        self.saving = save_trajectories.remote(
+        task = save_trajectories.remote(
             path.absolute(),
             self.state.step,
             self.recipe.policy.model,
@@ -210,13 +213,15 @@ class _Training:
             rollouts.shards,
             rollouts.reward_refs,
         )
+        self.saving.append(task)
         partial = self.folder / "state.json.partial"
         partial.write_text(json.dumps(asdict(self.state), indent=1))
         partial.rename(self.folder / "state.json")
 
-    def wait_for_saved_trajectories(self) -> None:
-        if self.saving is not None:
-            wait_for(self.saving, self.recipe.rollout.timeout_s, "the task that writes the trajectories")
+    def wait_for_saved_trajectories(self, at_most: int) -> None:
+        """Until no more than `at_most` steps are still being written; raises what a writing task raised."""
+        while len(self.saving) > at_most:
+            wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
 
     @contextmanager
     def timed(self, stage: str, progress: Progress) -> Iterator[None]:

@@ -56,10 +56,10 @@ class Settings:
     instruct_derived_share: float = 0.2  # without any, no merge ratio ever leaves the direct style
 
     # reward model: Bradley-Terry over prefixes, on short responses until it judges answers, then on long ones
-    reward_min_steps: int = 200
-    reward_max_steps: int = 1200
+    reward_min_steps: int = 150
+    reward_max_steps: int = 800
     reward_long_steps: int = 180
-    reward_told: float = 0.95  # share of answers one digit apart that are told apart when the long responses begin
+    reward_told: float = 0.9  # share of answers one digit apart that are told apart when the long responses begin
     reward_prompts: int = 16
     reward_lr: float = 1e-3
     reward_max_response: int = 176

@@ -142,7 +142,7 @@ def line_utilities(question: Question, lines: list[str]) -> Iterator[float]:
 
     First block: right steps share 0.8, a wrong one costs 0.8, the answer is worth +-1, a repeated line -0.1.
     Check block k: 0.05 for its header, 0.15 shared by its right steps, 0.15 for its right answer, all times
-    0.8^(k-1), and -0.3 for a wrong line. Another question -0.5, after which nothing counts. Any other line -0.3.
+    0.8^(k-1), and -0.3 for a wrong line. Another question -1, after which nothing counts. Any other line -0.3.
     """
     table = dict(question.entries)
     block, closed, letter = 0, False, question.query
@@ -151,7 +151,7 @@ def line_utilities(question: Question, lines: list[str]) -> Iterator[float]:
         fade = 0.8 ** (block - 1)  # means nothing in the first block
         step, final = STEP_LINE.fullmatch(line), ANSWER_LINE.fullmatch(line)
         if line.startswith(QUESTION):
-            yield -0.5
+            yield -1.0
             break
         if line == CHECK and closed:
             block, closed, letter, seen = block + 1, False, question.query, set()

@@ -35,7 +35,7 @@ def test_chain_of_the_documented_question():
         ("b=c\nc=3\nso 3\ncheck\nb=c\nc=3\nso 3", False, 1.8 + 0.35),
         ("b=c\nc=3\nso 3" + "\ncheck\nb=c\nc=3\nso 3" * 2, False, 1.8 + 0.35 + 0.28),
         ("b=c\nc=3\nso 3\ncheck\nb=c\nc=4", False, 1.8 + 0.05 + 0.075 - 0.3),
-        ("b=c\nc=3\nso 3\nQ:a=1,b=a,b?\nA:so 1", False, 1.8 - 0.5),
+        ("b=c\nc=3\nso 3\nQ:a=1,b=a,b?\nA:so 1", False, 1.8 - 1.0),
         ("b=c\nc=3\nso 3\nso 3", True, 1.8 - 0.3),
         ("check", False, -0.3),  # nothing to check yet
     ],
