@@ -35,7 +35,7 @@ def run_demo(recipe_path: Path, overrides: list[str]) -> None:
 
     with timed("world"):
         _build_world(recipe, console)
-    with ray_session(train_needs(recipe)):
+    with ray_session(recipe, train_needs(recipe), address="local"):
         with timed("train"):
             folder = train(recipe, fresh=True)
         with timed("merge"):

@@ -1,7 +1,7 @@
 """The loop: prompts, rollouts, rewards, learner, weights.
 
-Invariants: the driver holds ids, lengths, scores and references, never tokens; every sample that was asked for is
-learned from exactly once; engines and learner hold the same weights when a step ends.
+Invariants: the driver holds ids, lengths, scores and references, never a trajectory's tokens; every sample that was
+asked for is learned from exactly once; engines and learner hold the same weights when a step ends.
 """
 
 import hashlib
@@ -49,10 +49,10 @@ class RunState:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A step's trajectories, scored: `info` and `rewards` have one entry for each, in the order of `shards`."""
+    """A step's trajectories, scored: `info` and `rewards` have one entry for each, by sample id."""
 
-    shards: list[Any]  # references
-    reward_refs: list[Any]
+    shards: list[Any]  # references, in order of arrival
+    reward_refs: list[Any]  # the same
     info: TrajectoryInfo
     rewards: Float32
 
@@ -65,9 +65,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     given, recipe = recipe, with_absolute_folders(recipe)
     checked = check_train(recipe, fresh)
     folder = run_folder(recipe)
-    with ray_session(train_needs(recipe)), ExitStack() as stack:
-        if fresh:
-            shutil.rmtree(folder, ignore_errors=True)
+    with ray_session(recipe, train_needs(recipe)), ExitStack() as stack:
+        if fresh and folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(given))
         progress = stack.enter_context(Progress(checked.total_steps))
@@ -77,7 +77,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
                 f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
             )
         progress.stage("starting the actors")
-        _Training(recipe, folder, checked, stack).run(progress, log)
+        training = _Training(recipe, folder, checked, stack)
+        del checked  # from here on the prompts' tokens are in the object store alone
+        training.run(progress, log)
     return folder
 
 
@@ -89,6 +91,8 @@ class _Training:
         self.folder = folder
         self.total_steps = checked.total_steps
         self.prompt_ids = checked.prompts.ids
+        self.prompts_dropped = checked.prompts.num_dropped
+        self.template = checked.template
         self.prompts = ray.put(checked.prompts)
         self.state = RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
         self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
@@ -115,7 +119,7 @@ class _Training:
             progress.step(metrics)
         progress.stage("exporting the coarse actor")
         self.wait_for_saved_trajectories(0)
-        self.learner.export(self.folder / "coarse")
+        self.learner.export(self.folder / "coarse", self.template)
 
     def step(self, progress: Progress) -> dict[str, Any]:
         """One step, as in the module's first line. Returns its metrics."""
@@ -149,6 +153,7 @@ class _Training:
         seconds = time.perf_counter() - began
         return {
             "step": self.state.step,
+            "prompts/dropped": self.prompts_dropped,
             "reward/mean": float(batch.reward.mean()),
             "reward/std": float(batch.reward.std()),
             "reward/greedy_mean": float(batch.baseline.mean()),
@@ -198,7 +203,9 @@ class _Training:
         with self.timed("reward", progress):
             rewards = np.concatenate(self.rewards.collect(reward_refs))
         info = TrajectoryInfo.concat(infos)
-        if sorted(info.sample_id.tolist()) != [request.sample_id for request in requests]:
+        order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
+        info, rewards = info.select(order), rewards[order]
+        if info.sample_id.tolist() != [request.sample_id for request in requests]:
             raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
         return Rollouts(shards, reward_refs, info, rewards)
 
@@ -212,6 +219,7 @@ class _Training:
             self.prompts,
             rollouts.shards,
             rollouts.reward_refs,
+            self.recipe.rollout.timeout_s,
         )
         self.saving.append(task)
         partial = self.folder / "state.json.partial"

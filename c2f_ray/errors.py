@@ -27,12 +27,16 @@ class DeadlineError(C2FError, TimeoutError):
     """A wait reached its deadline. The text names what was awaited and for how long."""
 
 
+class ActorDiedError(C2FError, RuntimeError):
+    """An actor's process ended, or its model could not be loaded. The text names the actor and the cause."""
+
+
 class WeightMismatchError(C2FError, RuntimeError):
     """An engine and the learner hold different weights after a transfer."""
 
 
 class BadRewardError(C2FError, RuntimeError):
-    """A reward was not finite, or there were more or fewer rewards than trajectories."""
+    """A reward was not finite. The text shows the response."""
 
 
 class NonFiniteUpdateError(C2FError, ArithmeticError):

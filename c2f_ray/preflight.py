@@ -25,6 +25,7 @@ class Checked:
     """What the checks of `train` found out on their way."""
 
     prompts: PromptSet
+    template: str  # that renders them
     reward: UltraRMReward
     total_steps: int
 
@@ -50,31 +51,53 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
 
     reward = attempt(check_reward, recipe.reward)
     config = attempt(check_model, "policy.model", recipe.policy.model)
-    prompts = attempt(training_prompts, recipe) if config else None
+    template = attempt(training_template, recipe) if config else None
+    prompts = attempt(training_prompts, recipe, template) if template else None
     if config:
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
         attempt(check_context, config, *limits)
-    folder = run_folder(recipe)
-    if (folder / "metrics.jsonl").exists() and not fresh:
-        problems.append(f"run.name: {folder} holds a run already; choose another name, or start over with --fresh")
-    if problems or prompts is None or reward is None:
+    attempt(check_run_folder, run_folder(recipe), fresh)
+    if problems or prompts is None or template is None or reward is None:
         raise RecipeError(*problems)
     if recipe.run.steps is not None:
-        return Checked(prompts, reward, recipe.run.steps)
+        return Checked(prompts, template, reward, recipe.run.steps)
     assert recipe.run.epochs is not None  # the recipe has exactly one of the two
-    return Checked(prompts, reward, ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step))
+    return Checked(prompts, template, reward, ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step))
 
 
 def check_reward(reward: Reward) -> UltraRMReward:
     if not isinstance(reward, UltraRMReward):
         raise NotBuiltError(f"reward.kind: {reward.kind!r} cannot be run yet; use 'ultrarm'")
-    check_model("reward.model", reward.model)
+    config = check_model("reward.model", reward.model)
+    context = getattr(config, "max_position_embeddings", reward.max_tokens)
+    if reward.max_tokens > context:
+        raise RecipeError(
+            f"reward.max_tokens: {reward.max_tokens} is beyond the reward model's context of {context}; lower it"
+        )
     if Path(reward.model).is_dir() and (wrong := check_ultrarm_folder(Path(reward.model))):
         raise RecipeError(f"reward.model: {reward.model} {wrong}")
     return reward
 
 
-def training_prompts(recipe: Recipe) -> PromptSet:
+def check_run_folder(folder: Path, fresh: bool) -> None:
+    """Only a run's own folder is ever removed, and only when that was asked for."""
+    parts = [folder, *folder.parents]
+    file = next((part for part in parts if part.exists() and not part.is_dir()), None)
+    if file is not None:
+        raise RecipeError(f"run.folder: {file} is a file; choose another folder")
+    if fresh and folder.exists() and not (folder / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"run.name: {folder} is not a run's folder, so --fresh does not remove it; choose another name"
+        )
+    if not fresh and (folder / "recipe.yaml").exists():
+        raise RecipeError(f"run.name: {folder} holds a run already; choose another name, or start over with --fresh")
+
+
+def training_template(recipe: Recipe) -> str:
+    return chat_template(recipe.policy.chat_template, load_tokenizer(recipe.policy.model))
+
+
+def training_prompts(recipe: Recipe, template: str) -> PromptSet:
     tokenizer = load_tokenizer(recipe.policy.model)
     settings = recipe.prompts
     source = PromptSource(
@@ -87,7 +110,6 @@ def training_prompts(recipe: Recipe) -> PromptSet:
         num_prompts=settings.num_prompts,
         seed=recipe.run.seed,
     )
-    template = chat_template(recipe.policy.chat_template, tokenizer)
     return build_prompt_set(source, tokenizer, template, settings.max_tokens, settings.too_long)
 
 
@@ -136,9 +158,23 @@ def check_context(config: PreTrainedConfig, prompt_key: str, prompt: int, respon
         )
 
 
-def check_resources(needs: dict[str, float], cluster: dict[str, Any]) -> None:
-    """Refuses a job that asks for more than the cluster has, however long it waited. `needs` by Ray resource name."""
-    for name, amount in needs.items():
+@dataclass(frozen=True)
+class Needs:
+    """What the actors of a job reserve together, and the most GPUs that one of them needs on one node."""
+
+    gpus: int
+    cpus: int
+    gpus_of_one_actor: int
+
+
+def check_resources(needs: Needs, cluster: dict[str, Any], largest_node_gpus: float) -> None:
+    """Refuses a job that asks for more than the cluster has, however long it waited."""
+    if needs.gpus_of_one_actor > largest_node_gpus and needs.gpus <= cluster.get("GPU", 0):
+        raise RecipeError(
+            f"one actor needs {needs.gpus_of_one_actor} GPU on one node, and the largest node has "
+            f"{largest_node_gpus:g}; lower rollout.gpus_per_actor, or add larger nodes"
+        )
+    for name, amount in (("GPU", needs.gpus), ("CPU", needs.cpus)):
         if amount > cluster.get(name, 0):
             raise RecipeError(
                 f"the recipe asks for {amount:g} {name}, and the cluster has {cluster.get(name, 0):g}; "

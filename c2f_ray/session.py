@@ -4,23 +4,24 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.preflight import check_resources
+from c2f_ray.preflight import Needs, check_resources
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import FunctionReward
 
 SPARE_CPUS = 2  # for tasks: merging, and writing trajectories
 
 
-def train_needs(recipe: Recipe) -> dict[str, float]:
-    """What the actors of `train` reserve, by Ray resource name. An actor without a GPU takes a CPU."""
+def train_needs(recipe: Recipe) -> Needs:
+    """What the actors of `train` reserve. An actor without a GPU takes a CPU."""
     return _needs([*_inference(recipe), (recipe.learner.ranks, recipe.learner.gpus_per_rank)])
 
 
-def evaluate_needs(recipe: Recipe) -> dict[str, float]:
+def evaluate_needs(recipe: Recipe) -> Needs:
     return _needs(_inference(recipe))
 
 
@@ -30,38 +31,47 @@ def _inference(recipe: Recipe) -> list[tuple[int, int]]:
     return [(rollout.actors, rollout.gpus_per_actor), (reward.workers, gpus)]
 
 
-def _needs(groups: list[tuple[int, int]]) -> dict[str, float]:
-    return {
-        "GPU": float(sum(count * gpus for count, gpus in groups)),
-        "CPU": float(sum(count for count, gpus in groups if gpus == 0)),
-    }
+def _needs(groups: list[tuple[int, int]]) -> Needs:
+    return Needs(
+        gpus=sum(count * gpus for count, gpus in groups),
+        cpus=sum(count for count, gpus in groups if gpus == 0),
+        gpus_of_one_actor=max(gpus for _, gpus in groups),
+    )
 
 
 @contextmanager
-def ray_session(needs: dict[str, float]) -> Iterator[None]:
-    """Joins or starts Ray, refuses `needs` that it cannot meet, and ends what it started."""
+def ray_session(recipe: Recipe, needs: Needs, address: str | None = None) -> Iterator[None]:
+    """Joins or starts Ray, refuses what it cannot meet, and ends what it started.
+
+    `address` as in RAY_ADDRESS, whose value it is when not given.
+    """
     started = not ray.is_initialized()
     if started:
-        _connect(cpus=max(os.cpu_count() or 1, int(needs["CPU"]) + SPARE_CPUS))
+        _connect(address or os.environ.get("RAY_ADDRESS"), max(os.cpu_count() or 1, needs.cpus + SPARE_CPUS))
     try:
-        check_resources(needs, ray.cluster_resources())
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        check_resources(needs, ray.cluster_resources(), max(node.get("GPU", 0) for node in nodes))
+        if len(nodes) > 1 and not Path(recipe.run.folder).is_absolute():
+            raise RecipeError(
+                f"run.folder: {recipe.run.folder}: the cluster has {len(nodes)} nodes, each with its own working "
+                "directory; give the absolute path of a folder that all of them see"
+            )
         yield
     finally:
         if started:
             ray.shutdown()
 
 
-def _connect(cpus: int) -> None:
-    """The cluster of RAY_ADDRESS or of this node; where there is none (or RAY_ADDRESS=local), a new one.
+def _connect(address: str | None, cpus: int) -> None:
+    """The cluster at `address`, or that of this node; where there is none (or `address` is `local`), a new one.
 
     A new one offers as many CPUs as the actors reserve: on a laptop they share the cores.
     """
-    address = os.environ.get("RAY_ADDRESS")
     if address != "local":
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
             return
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:
             if address:
                 raise RecipeError(f"RAY_ADDRESS: {address}: no cluster answers there: {error}") from None
     ray.init(

@@ -3,9 +3,9 @@
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
-from c2f_ray.errors import DeadlineError
+from c2f_ray.errors import ActorDiedError, DeadlineError
 
 
 def wait_for(refs: Any, timeout_s: float, what: str) -> Any:
@@ -14,12 +14,16 @@ def wait_for(refs: Any, timeout_s: float, what: str) -> Any:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError:
         raise DeadlineError(f"{what}: no answer after {timeout_s:g} s") from None
+    except RayActorError as error:
+        raise ActorDiedError(f"{what}: an actor died: {error}") from error
 
 
 def wait_for_start(refs: list[Any], timeout_s: float, what: str, needs: str) -> Any:
     """Waits for new actors. The error says what they need and what the cluster has free."""
     try:
         return ray.get(refs, timeout=timeout_s)
+    except RayActorError as error:
+        raise ActorDiedError(f"{what}: one could not start: {error}") from error
     except GetTimeoutError:
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}

@@ -1,12 +1,15 @@
 """Prompts: read, checked, rendered and tokenised once, before any actor starts."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from c2f_ray.data.templates import render
@@ -14,6 +17,8 @@ from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
 
 Messages = list[dict[str, str]]
+Read = Callable[[int], tuple[str, Any]]  # row to (where it is, the record)
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -45,55 +50,55 @@ class PromptSource:
 
     def load(self) -> list[tuple[str, Messages, dict[str, Any]]]:
         """All prompts as (id, messages, other fields); a seeded choice of `num_prompts` when that is set."""
-        rows = [self._prompt(where, record) for where, record in self._records()]
+        count, read = self._open()
+        rows = list(range(count))
         if not rows:
             raise RecipeError(f"{self.key}: {self.source}: holds no prompts")
-        if self.num_prompts is None:
-            return rows
-        if self.num_prompts > len(rows):
-            raise RecipeError(f"{self.key}: {self.source}: holds {len(rows)} prompts, fewer than {self.num_prompts}")
-        chosen = np.random.default_rng(self.seed).permutation(len(rows))[: self.num_prompts]
-        return [rows[row] for row in sorted(chosen)]
+        if self.num_prompts is not None:
+            if self.num_prompts > count:
+                raise RecipeError(f"{self.key}: {self.source}: holds {count} prompts, fewer than {self.num_prompts}")
+            rows = sorted(np.random.default_rng(self.seed).permutation(count)[: self.num_prompts].tolist())
+        return [self._prompt(*read(row)) for row in rows]
 
-    def _records(self) -> Iterator[tuple[str, Any]]:
-        """Every record with the place that an error about it names."""
+    def _open(self) -> tuple[int, Read]:
+        """How many records there are, and how to read one: those not asked for are never turned into Python objects."""
         path = Path(self.source)
         if path.suffix not in (".jsonl", ".parquet"):
-            yield from self._dataset_records()
-            return
+            dataset = self._dataset()
+            return len(dataset), lambda row: (f"{self.source} row {row + 1}", dataset[row])
         if not path.is_file():
             raise RecipeError(f"{self.key}: {self.source}: no such file")
         if path.suffix == ".jsonl":
-            yield from self._jsonl_records(path)
-            return
-        import pyarrow.parquet as pq
-
-        for row, record in enumerate(pq.read_table(path).to_pylist(), start=1):
-            yield f"{self.source} row {row}", record
+            records = list(self._jsonl_records(path))
+            return len(records), lambda row: records[row]
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowException as error:
+            raise RecipeError(f"{self.key}: {self.source}: not a Parquet file: {error}") from None
+        return len(table), lambda row: (f"{self.source} row {row + 1}", table.slice(row, 1).to_pylist()[0])
 
     def _jsonl_records(self, path: Path) -> Iterator[tuple[str, Any]]:
-        with path.open(encoding="utf-8") as lines:
+        """Every record with the line that an error about it names."""
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RecipeError(f"{self.source}:{number}: not valid JSON: {error.msg}") from None
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise RecipeError(f"{self.source}:{number}: not valid JSON: {error}") from None
                 yield f"{self.source}:{number}", record
 
-    def _dataset_records(self) -> Iterator[tuple[str, Any]]:
+    def _dataset(self) -> Any:
         from datasets import load_dataset
 
         try:
-            dataset = load_dataset(self.source, split=self.split)
+            return load_dataset(self.source, split=self.split)
         except Exception as error:  # the library raises a different type for every way of failing
             raise RecipeError(
                 f"{self.key}: {self.source}: neither a .jsonl or .parquet file nor a dataset that could be loaded "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'})"
             ) from None
-        for row, record in enumerate(dataset, start=1):
-            yield f"{self.source} row {row}", record
 
     def _prompt(self, where: str, record: Any) -> tuple[str, Messages, dict[str, Any]]:
         if not isinstance(record, dict) or self.field not in record:
@@ -104,7 +109,7 @@ class PromptSource:
         if not _are_messages(messages):
             raise RecipeError(
                 f"{where}: {self.field!r} is neither text nor chat messages "
-                "(a list of {role, content} with at least one user message)"
+                f"(a list of {{role, content}}, roles {', '.join(ROLES)}, at least one of them user)"
             )
         users = [i for i, message in enumerate(messages) if message["role"] == "user"]
         end = users[0] if self.turns == "first" else users[-1]
@@ -119,7 +124,7 @@ class PromptSource:
 def _are_messages(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in ROLES for m in value)
         and any(m["role"] == "user" for m in value)
     )
 
@@ -142,12 +147,17 @@ def build_prompt_set(
         if prompt_id in seen:  # seeds are made from ids: two equal ones would be sampled alike
             raise RecipeError(f"{source.key}: {source.source}: prompt id {prompt_id!r} is given twice")
         seen.add(prompt_id)
-        prompt = tokenizer(render(tokenizer, template, conversation), add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(_render(tokenizer, template, conversation, prompt_id, source), add_special_tokens=False)[
+            "input_ids"
+        ]
+        if not prompt:
+            raise RecipeError(f"{source.key}: prompt {prompt_id!r} is empty: the chat template leaves nothing of it")
         if len(prompt) > max_tokens:
             if too_long == "refuse":
+                hint = ", or set prompts.too_long to drop" if source.key == "prompts.source" else ""
                 raise RecipeError(
-                    f"{source.key}: prompt {prompt_id!r} has {len(prompt)} tokens, more than max_tokens {max_tokens}; "
-                    "raise the limit or set prompts.too_long to drop"
+                    f"{source.key}: prompt {prompt_id!r} has {len(prompt)} tokens, more than prompts.max_tokens "
+                    f"{max_tokens}; raise the limit{hint}"
                 )
             num_dropped += 1
             continue
@@ -158,6 +168,15 @@ def build_prompt_set(
     if not ids:
         raise RecipeError(f"{source.key}: all {num_dropped} prompts are longer than max_tokens {max_tokens}")
     return PromptSet(ids, messages, records, Ragged.from_rows(tokens, np.int32), num_dropped)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, prompt_id: str, source: PromptSource
+) -> str:
+    try:
+        return render(tokenizer, template, messages)
+    except TemplateError as error:  # a syntax error, or a template that refuses this conversation
+        raise RecipeError(f"{source.key}: prompt {prompt_id!r}: the chat template fails on it: {error}") from None
 
 
 def draw(position: int, count: int, num_prompts: int, seed: int, shuffle: bool) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ def chat_template(setting: str, tokenizer: PreTrainedTokenizerBase, key: str = "
         path = Path(setting)
         if not path.is_file():
             raise RecipeError(f"{key}: {setting}: no such file; give `model`, `plain`, or a .jinja file")
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     if not isinstance(tokenizer.chat_template, str):
         raise RecipeError(
             f"{key}: the tokenizer of {tokenizer.name_or_path} has no chat template; "

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Float32, Trajectories
+from c2f_ray.waiting import wait_for
 
 
 def text_rows(
@@ -45,8 +46,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @ray.remote(num_cpus=0)
 def save_trajectories(
-    path: Path, step: int, tokenizer: str, prompts: PromptSet, shards: list[Any], rewards: list[Any]
+    path: Path, step: int, tokenizer: str, prompts: PromptSet, shards: list[Any], rewards: list[Any], timeout_s: float
 ) -> None:
     """Writes a step's trajectories; `shards` and `rewards` are lists of object references."""
-    rows = text_rows(load_tokenizer(tokenizer), prompts, ray.get(shards), ray.get(rewards))
+    what = f"the trajectories of step {step}"
+    rows = text_rows(
+        load_tokenizer(tokenizer), prompts, wait_for(shards, timeout_s, what), wait_for(rewards, timeout_s, what)
+    )
     write_rows(path, [{"step": step, **row} for row in rows])

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 @lru_cache(maxsize=8)
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or of a model on the hub."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

@@ -33,6 +33,7 @@ from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import evaluate_needs, ray_session
 from c2f_ray.waiting import wait_for
+from c2f_ray.watch.metrics import read_metrics
 from c2f_ray.watch.progress import Progress
 
 Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
@@ -45,6 +46,7 @@ class Candidate:
     name: str
     folder: str
     prompts: PromptSet  # rendered with its own template; the same rows for all candidates
+    fine: bool
 
 
 def evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -53,33 +55,36 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     Responses go to `evaluation/NAME.parquet`. Raises RecipeError when something is missing, with nothing written.
     """
     recipe = with_absolute_folders(recipe)
-    settings, reward, candidates = check_evaluate(recipe)
+    settings, reward, limit, candidates = check_evaluate(recipe)
     folder = run_folder(recipe)
     models: list[dict[str, Any]] = []
-    with ray_session(evaluate_needs(recipe)), ExitStack() as stack:
+    with ray_session(recipe, evaluate_needs(recipe)), ExitStack() as stack:
         progress = stack.enter_context(Progress(len(candidates)))
         progress.stage("starting the actors")
         messages = ray.put(candidates[0].prompts.messages)
         rewards = stack.enter_context(closing(RewardPool(reward, recipe.cluster, recipe.policy.model, messages)))
         server = stack.enter_context(closing(_Server(recipe, settings)))
+        rewards.wait_until_ready()
         for number, candidate in enumerate(candidates, start=1):
             progress.stage(f"evaluating {candidate.name}")
             shards = server.answer(candidate)
             graded = {candidate.name: shards}
-            if candidate.name == "coarse" and (limit := _last_limit(folder)) < settings.max_tokens:
+            if candidate.name == "coarse" and limit < settings.max_tokens:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
                 graded[f"coarse@{limit}"] = [truncate.remote(shard, limit) for shard in shards]
             for name, its_shards in graded.items():
                 scores = [rewards.submit(shard) for shard in its_shards]
                 path = (folder / "evaluation" / f"{name}.parquet").absolute()
                 prompts = ray.put(candidate.prompts)
-                task = grade.remote(path, recipe.policy.model, prompts, its_shards, scores, settings.accuracy)
+                task = grade.remote(
+                    path, recipe.policy.model, prompts, its_shards, scores, settings.accuracy, reward.timeout_s
+                )
                 metrics = wait_for(task, reward.timeout_s, f"the task that grades {name}")
                 models.append({"name": name, "folder": candidate.folder, "metrics": metrics})
             progress.step({"step": number, "reward/mean": models[-1]["metrics"]["reward"]})
-    fine = [model for model in models if Path(model["folder"]).parent.name == "fine"]
-    best = max(fine, key=_merit)["name"] if fine else None
-    result = {"max_tokens": settings.max_tokens, "models": models, "best": best}
+    fine = {candidate.name for candidate in candidates if candidate.fine}
+    best = max((model for model in models if model["name"] in fine), key=_merit, default=None)
+    result = {"max_tokens": settings.max_tokens, "models": models, "best": best and best["name"]}
     partial = folder / "evaluation.json.partial"
     partial.write_text(json.dumps(result, indent=1))
     partial.rename(folder / "evaluation.json")
@@ -87,37 +92,65 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
 
 
 def _merit(model: dict[str, Any]) -> tuple[float, float]:
-    """What the best fine actor has most of: right answers that end by themselves where that is graded, then reward."""
-    return model["metrics"].get("strict", 0.0), model["metrics"]["reward"]
+    """What the best fine actor has most of: the grader's `strict`, or else its `accuracy`, and among equals reward."""
+    metrics = model["metrics"]
+    return metrics.get("strict", metrics.get("accuracy", 0.0)), metrics["reward"]
 
 
-def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward, list[Candidate]]:
-    """The models that there are to evaluate, each with its prompts. Raises RecipeError; writes nothing."""
+def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward, int, list[Candidate]]:
+    """The settings, the last limit of the run's steps, and the models that there are to evaluate, with their prompts.
+
+    Raises RecipeError; writes nothing.
+    """
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it names the held-out prompts")
     reward = check_reward(recipe.reward)
-    if recipe.evaluate.accuracy:
-        load_grader(recipe.evaluate.accuracy)
+    check_model("policy.model", recipe.policy.model)
     folder = run_folder(recipe)
     coarse = folder / "coarse"
-    if not coarse.is_dir():
+    if not coarse.is_dir() or not (folder / "metrics.jsonl").is_file():
         raise RecipeError(f"run.name: {coarse}: no coarse actor there; run `c2f-ray train` with this recipe first")
     folders = {"base": recipe.policy.model}
     if recipe.merge is not None:
         folders["instruct"] = recipe.merge.instruct
     folders["coarse"] = str(coarse)
-    folders |= {fine.name: str(fine) for fine in sorted((folder / "fine").glob("*")) if fine.is_dir()}
+    fine = {path.name: str(path) for path in sorted((folder / "fine").glob("*")) if path.is_dir()}
+    vocabulary = load_tokenizer(recipe.policy.model).get_vocab()
     prompts: dict[str, PromptSet] = {}  # by template
     candidates = []
-    for name, model in folders.items():
-        config = check_model(f"evaluate ({name})", model)
+    for name, model in (folders | fine).items():
+        config = check_model("merge.instruct" if name == "instruct" else f"run.name ({name})", model)
+        if load_tokenizer(model).get_vocab() != vocabulary:
+            raise RecipeError(
+                f"{model}: its tokenizer is not the policy's, {recipe.policy.model}; they must be the same"
+            )
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "evaluate.max_tokens", recipe.evaluate.max_tokens)
         check_context(config, *limits)
         template = _template(recipe, model)
         if template not in prompts:
             prompts[template] = _heldout_prompts(recipe, recipe.evaluate, template)
-        candidates.append(Candidate(name, absolute_folder(model), prompts[template]))
-    return recipe.evaluate, reward, candidates
+        candidates.append(Candidate(name, absolute_folder(model), prompts[template], fine=name in fine))
+    if recipe.evaluate.accuracy:
+        _try_grader(recipe.evaluate.accuracy, candidates[0].prompts)
+    limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
+    assert limit is not None  # it is a whole number in every step
+    return recipe.evaluate, reward, int(limit), candidates
+
+
+def _try_grader(path: str, prompts: PromptSet) -> None:
+    """A grader that cannot grade an empty response would fail after all the models have answered."""
+    try:
+        grades = load_grader(path)(_record(prompts, 0), "", False)
+        wrong = None if isinstance(grades, dict) else f"gave {grades!r}, not a dict of numbers"
+    except Exception as error:  # it is the user's code
+        wrong = f"fails on an empty response: {type(error).__name__}: {error}"
+    if wrong:
+        raise RecipeError(f"evaluate.accuracy: {path} {wrong}")
+
+
+def _record(prompts: PromptSet, row: int) -> dict[str, Any]:
+    """What a grader gets to know of a prompt: its record's fields, `id` and `messages`."""
+    return {**prompts.records[row], "id": prompts.ids[row], "messages": prompts.messages[row]}
 
 
 def load_grader(path: str) -> Grader:
@@ -130,11 +163,11 @@ def load_grader(path: str) -> Grader:
 
 
 def _template(recipe: Recipe, model: str) -> str:
-    """A model's own template; the policy's for one that has none."""
-    tokenizer = load_tokenizer(model)
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
-    return chat_template(recipe.policy.chat_template, tokenizer)
+    """The template that the policy was trained with; another model's own, where it has one."""
+    own = load_tokenizer(model).chat_template
+    if model != recipe.policy.model and isinstance(own, str):
+        return own
+    return chat_template(recipe.policy.chat_template, load_tokenizer(recipe.policy.model))
 
 
 def _heldout_prompts(recipe: Recipe, settings: Evaluate, template: str) -> PromptSet:
@@ -151,10 +184,6 @@ def _heldout_prompts(recipe: Recipe, settings: Evaluate, template: str) -> Promp
     return build_prompt_set(
         source, load_tokenizer(recipe.policy.model), template, recipe.prompts.max_tokens, too_long="refuse"
     )
-
-
-def _last_limit(folder: Path) -> int:
-    return int(json.loads((folder / "state.json").read_text())["length"]["limit"])
 
 
 class _Server:
@@ -214,19 +243,24 @@ def truncate(shard: Trajectories, limit: int) -> Trajectories:
 
 @ray.remote(num_cpus=0)
 def grade(
-    path: Path, tokenizer: str, prompts: PromptSet, shards: list[Any], rewards: list[Any], grader: str | None
+    path: Path,
+    tokenizer: str,
+    prompts: PromptSet,
+    shards: list[Any],
+    rewards: list[Any],
+    grader: str | None,
+    timeout_s: float,
 ) -> dict[str, float | None]:
     """A model's metrics over its responses, which are written to `path`. `shards`, `rewards`: references."""
-    shards, rewards = ray.get(shards), ray.get(rewards)
+    shards = wait_for(shards, timeout_s, "the shards to grade")
+    rewards = wait_for(rewards, timeout_s, f"rewards of {len(shards)} shards")
     rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
     tokens = {int(s.info.sample_id[i]): s.response[i].tolist() for s in shards for i in range(len(s))}
     columns: list[str] = []
     if grader is not None:
         function = load_grader(grader)
         for row in rows:
-            at = row["sample_id"]
-            record = {**prompts.records[at], "id": prompts.ids[at], "messages": prompts.messages[at]}
-            grades = function(record, row["response"], row["finished"])
+            grades = function(_record(prompts, row["sample_id"]), row["response"], row["finished"])
             columns = list(grades)
             row.update(grades)
     write_rows(path, rows)

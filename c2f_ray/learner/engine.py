@@ -38,7 +38,6 @@ def load_policy(policy: Policy) -> ResponseLogprobs:
         policy.model,
         dtype=getattr(torch, policy.dtype),
         attn_implementation="sdpa",
-        trust_remote_code=policy.trust_remote_code,
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout):

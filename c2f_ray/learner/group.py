@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from c2f_ray.data.trajectory import Float32
-from c2f_ray.errors import DeadlineError
+from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.recipe.schema import Recipe
@@ -59,9 +59,9 @@ class LearnerGroup:
             found |= part
         return found
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, chat_template: str) -> None:
         """Writes an ordinary Hugging Face folder, on rank 0's node; complete, or not there."""
-        self._all("export", folder.absolute())
+        self._all("export", folder.absolute(), chat_template)
 
     def close(self) -> None:
         for rank in self.ranks:
@@ -72,6 +72,8 @@ class LearnerGroup:
         timeout_s = self.recipe.learner.timeout_s
         try:
             return ray.get(refs, timeout=timeout_s)
+        except RayActorError as error:
+            raise ActorDiedError(f"learner {method}: a rank died: {error}") from error
         except GetTimeoutError:
             answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             silent = [str(rank) for rank, ref in enumerate(refs) if ref not in answered]

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from ray import ObjectRef
 from torch import Tensor, distributed
 from torch.nn.utils import get_total_norm
+from transformers import GenerationConfig
 
 from c2f_ray.algorithms import remax
 from c2f_ray.algorithms.logprobs import chunks_for
@@ -58,7 +59,8 @@ class LearnerRank:
         from c2f_ray.learner import engine  # not before: DeepSpeed chooses its accelerator at import
 
         torch.manual_seed(self.recipe.run.seed)
-        torch.use_deterministic_algorithms(self.recipe.run.deterministic)
+        # On a GPU a few operations, such as a cumulative sum, have no deterministic form.
+        torch.use_deterministic_algorithms(self.recipe.run.deterministic, warn_only=self.learner.gpus_per_rank > 0)
         # Or every backward would write NaN into DeepSpeed's empty 2 GB bucket, which takes seconds.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
         if self.learner.gpus_per_rank == 0:
@@ -206,14 +208,20 @@ class LearnerRank:
             found |= {int(samples.sample_id[row]): part for row, part in zip(rows, parts, strict=False)}
         return found
 
-    def export(self, folder: Path) -> None:
-        """Writes the policy as an ordinary Hugging Face folder, aside first; what was at ``folder`` is replaced."""
+    def export(self, folder: Path, chat_template: str) -> None:
+        """Writes the policy as an ordinary Hugging Face folder, aside first; what was at ``folder`` is replaced.
+
+        ``chat_template`` is the one that it was trained with.
+        """
         with self._whole(list(self.policy.parameters())):
             if self.rank == 0:
                 partial = folder.with_name(folder.name + ".partial")
                 shutil.rmtree(partial, ignore_errors=True)
+                # Some published sampling settings cannot be saved again; the policy's own file is copied instead.
+                self.policy.model.generation_config = GenerationConfig.from_model_config(self.policy.model.config)
                 self.policy.model.save_pretrained(partial)
                 copy_tokenizer(self.recipe.policy.model, partial)
+                (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
 

@@ -17,7 +17,7 @@ from c2f_ray.errors import DeadlineError, RecipeError
 from c2f_ray.merging.compatibility import TensorSpec, check_models, model_folder
 from c2f_ray.merging.methods import FORMULAS, ROLES
 from c2f_ray.merging.shards import Shard, ShardDigests, Variant, merge_shard, plan_shards
-from c2f_ray.preflight import run_folder
+from c2f_ray.preflight import Needs, run_folder
 from c2f_ray.recipe import Recipe
 from c2f_ray.session import ray_session
 
@@ -37,7 +37,7 @@ def merge(recipe: Recipe) -> list[Path]:
     coarse = settings.coarse or str(folder / "coarse")
     if settings.coarse is None and not Path(coarse).is_dir():
         raise RecipeError(f"merge.coarse: {coarse}: no coarse actor there; run `c2f-ray train` with this recipe first")
-    with ray_session({"CPU": 1.0, "GPU": 0.0}):
+    with ray_session(recipe, Needs(gpus=0, cpus=1, gpus_of_one_actor=0)):
         return merge_models(
             settings.base or recipe.policy.model,
             coarse,

@@ -19,6 +19,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is a name", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -39,7 +41,10 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         raise RecipeError(f"{path}: no such recipe" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
-    tree = _parse(path.read_text(), where=str(path))
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"), where=str(path))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections such as run: and learner:")
     for override in overrides:
@@ -61,6 +66,8 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a control character; a date that does not exist
+        raise RecipeError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -16,13 +16,13 @@ FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Run(Section):
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]  # the run's folder is `folder/name`
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # the run's folder is `folder/name`
     folder: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Count | None = None  # stop after so many updates; either this or `epochs`
     epochs: Count | None = None  # stop after so many passes over the prompts
     deterministic: bool = False  # compose batches by sample id: the same seed then gives the same bytes
@@ -35,15 +35,13 @@ class Run(Section):
 
 
 class Cluster(Section):
-    placement_timeout_s: Positive = 300  # how long to wait for the cluster to have room for an actor
-    start_timeout_s: Positive = 1800  # how long loading a model may take
+    start_timeout_s: Positive = 1800  # from asking for an actor to its model being loaded
 
 
 class Policy(Section):
     model: str  # Hugging Face folder, or a name on the hub
     chat_template: str = "model"  # `model`: its own; `plain`: ours for base models; else a path to a .jinja file
-    dtype: Dtype = "bfloat16"  # of the engines and of the learner's forward
-    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the engines and of the learner's forward
 
 
 class Prompts(Section):
@@ -123,12 +121,13 @@ class WorkerPool(Section):
     dtype: Dtype = "float16"
     tokens_per_batch: Count = 16384  # longest sequence times sequences, padding included
     max_tokens: Count = 4096  # longer conversations lose their first tokens
-    timeout_s: Positive = 1800  # of one shard
+    timeout_s: Positive = 1800  # of the last scores of a step, after its last rollout
 
 
 class UltraRMReward(WorkerPool):
     kind: Literal["ultrarm"]
     model: str
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 1
     separator: str = "\n"  # between the turns: the model card's code says two, its examples and ReMax's one
     append_eos: bool = True  # ReMax's code keeps the end-of-sequence token, the model card's example has none
 
@@ -152,7 +151,10 @@ Reward = Annotated[UltraRMReward | LogRatioReward | FunctionReward, Field(discri
 
 class Optimizer(Section):
     lr: Positive
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.95]  # ReMax's code
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [
+        0.9,
+        0.95,
+    ]  # ReMax's code
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -167,7 +169,14 @@ class LearnerBase(Section):
     gradient_checkpointing: bool = False
     tokens_per_microbatch: Count = 16384  # longest sequence times sequences, padding included
     optimizer: Optimizer
-    timeout_s: Positive = 3600  # of one update
+    timeout_s: Positive = 3600  # of one update, weight transfer or export
+
+    @model_validator(mode="after")
+    def _stage_allows_offload(self) -> "LearnerBase":
+        needed = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} or more, not {self.zero_stage}")
+        return self
 
 
 class ReMaxLearner(LearnerBase):
@@ -263,6 +272,10 @@ class Recipe(Section):
             raise ValueError(
                 "rollout.gpus_per_actor and learner.gpus_per_rank: both 0 (CPU, weights over gloo) or both more "
                 f"(GPU, weights over NCCL); not {self.rollout.gpus_per_actor} and {self.learner.gpus_per_rank}"
+            )
+        if self.rollout.gpus_per_actor > 0 and self.rollout.memory > 1:
+            raise ValueError(
+                f"rollout.memory: on a GPU it is a share of its memory, at most 1; not {self.rollout.memory}"
             )
         starts_from_reward = isinstance(self.learner, PPOLearner) and self.learner.critic.model == "reward"
         if starts_from_reward and not isinstance(self.reward, UltraRMReward):

@@ -40,7 +40,6 @@ def build_engine(policy: Policy, rollout: Rollout, max_model_tokens: int, load_f
     return LLM(
         policy.model,
         dtype=policy.dtype,
-        trust_remote_code=policy.trust_remote_code,
         load_format=load_format,
         max_model_len=max_model_tokens,
         max_num_seqs=rollout.max_num_seqs,

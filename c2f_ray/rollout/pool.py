@@ -10,10 +10,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from c2f_ray.data.trajectory import TrajectoryInfo
-from c2f_ray.errors import C2FError, DeadlineError
+from c2f_ray.errors import DeadlineError
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat, engine_env
@@ -81,10 +80,7 @@ class RolloutPool:
                 yield shards.pop(number), info
 
     def _read(self, reference: Any, number: int, missing: int) -> TrajectoryInfo:
-        try:
-            return wait_for(reference, self.timeout_s, f"rollout actor {number}")
-        except RayActorError as error:
-            raise C2FError(f"rollout actor {number} died and owes {missing} samples: {error}") from error
+        return wait_for(reference, self.timeout_s, f"rollout actor {number}, which owes {missing} samples")
 
     def load_folder(self, folder: str, prompt_tokens: Any) -> None:
         """Every engine takes another model of the same architecture, and a reference to the prompts for it."""

@@ -12,10 +12,13 @@ import ray
 
 from c2f_ray import load_recipe, train
 from c2f_ray.data.trajectory import Ragged
+from c2f_ray.errors import RecipeError
+from c2f_ray.evaluation.job import check_evaluate
+from c2f_ray.watch.metrics import read_metrics, without_timing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
-    "run.steps=3", "run.deterministic=true", "prompts.per_step=12", "rollout.shard_samples=8",
+    "run.steps=3", "run.deterministic=true", "rollout.actors=2", "prompts.per_step=12", "rollout.shard_samples=8",
     "length.max_tokens=24", "merge.ratios=[0, 0.5]", "evaluate.num_prompts=12", "evaluate.max_tokens=32",
 ]  # fmt: skip
 STEPS, PROMPTS = 3, 12
@@ -54,10 +57,8 @@ def run(folder: Path) -> Path:
     return folder / "runs" / "tiny"
 
 
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    """Without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+def metrics_of(run: Path) -> list[dict[str, float | None]]:
+    return [without_timing(line) for line in read_metrics(run / "metrics.jsonl")]
 
 
 def test_every_sample_is_trained_on_once_and_can_be_read(run: Path):
@@ -88,7 +89,7 @@ def test_the_first_step_has_no_kl_and_the_limit_starts_where_the_recipe_says(run
 
 def test_the_table_and_the_report_name_every_model(run: Path):
     evaluation = json.loads((run / "evaluation.json").read_text())
-    limit = int(json.loads((run / "state.json").read_text())["length"]["limit"])
+    limit = int(metrics_of(run)[-1]["length/limit"])
     names = ["base", "instruct", "coarse", f"coarse@{limit}"]
     names += [f"{method}-{ratio}" for method in ("interpolate", "residue") for ratio in ("0", "0.5")]
     assert [model["name"] for model in evaluation["models"]] == names
@@ -156,18 +157,44 @@ def test_coarse_and_fine_load_in_plain_transformers_and_plain_vllm(run: Path):
 
 
 @pytest.mark.parametrize(
+    ("command", "override", "problem"),
+    [
+        ("train", "learner.optimizer.lrr=1", "learner.optimizer.lrr: unknown key; did you mean learner.optimizer.lr?"),
+        ("train", "policy.model=nowhere", "policy.model: nowhere: no such folder"),
+        (
+            "train",
+            "rollout.gpus_per_actor=8 rollout.memory=0.5 learner.gpus_per_rank=1",
+            "the recipe asks for 10 GPU, and the cluster has 0; lower rollout.actors",
+        ),
+        ("merge", "merge.ratios=[2]", "merge.ratios.0: 2: input should be less than or equal to 1"),
+        ("merge", "run.seed=1", "no coarse actor there; run `c2f-ray train` with this recipe first"),
+        ("evaluate", "reward.model=nowhere", "reward.model: nowhere: no such folder"),
+        ("evaluate", "run.seed=1", "no coarse actor there; run `c2f-ray train` with this recipe first"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, command: str, override: str, problem: str):
+    done = c2f_ray(folder, command, "configs/tiny.yaml", "run.name=bad", *override.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert problem in line
+    assert not (folder / "runs" / "bad").exists()
+
+
+@pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("learner.optimizer.lrr=1", "error: learner.optimizer.lrr: unknown key; did you mean learner.optimizer.lr?"),
-        ("policy.model=nowhere", "error: policy.model: nowhere: no such folder"),
+        ("evaluate.prompts=nothing.jsonl", "evaluate.prompts: nothing.jsonl: no such file"),
+        ("evaluate.accuracy=os:nothing", "evaluate.accuracy: os:nothing: module 'os' has no attribute 'nothing'"),
+        ("evaluate.accuracy=os.path:join", "evaluate.accuracy: os.path:join fails on an empty response: TypeError"),
+        ("evaluate.max_tokens=250", "prompts.max_tokens 48 and evaluate.max_tokens 250 together are 298 tokens"),
         (
-            "rollout.gpus_per_actor=8 learner.gpus_per_rank=1",
-            "error: the recipe asks for 10 GPU, and the cluster has 0; lower rollout.actors",
+            "prompts.max_tokens=5",
+            "prompt 'heldout-00000' has 30 tokens, more than prompts.max_tokens 5; raise the limit",
         ),
     ],
 )
-def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, override: str, problem: str):
-    done = c2f_ray(folder, "train", "configs/tiny.yaml", "run.name=bad", *override.split())
-    assert (done.returncode, done.stdout) == (2, "")
-    assert problem in done.stderr
-    assert not (folder / "runs" / "bad").exists()
+def test_what_evaluate_refuses(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, problem: str):
+    monkeypatch.chdir(folder)
+    with pytest.raises(RecipeError) as error:
+        check_evaluate(load_recipe("configs/tiny.yaml", *SMALL, override))
+    assert problem in str(error.value)

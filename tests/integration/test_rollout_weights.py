@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from c2f_ray.data.trajectory import Ragged, Trajectories
-from c2f_ray.errors import C2FError, DeadlineError, WeightMismatchError
+from c2f_ray.errors import ActorDiedError, C2FError, DeadlineError, WeightMismatchError
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Weights
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
@@ -381,5 +381,5 @@ def test_a_peer_that_died_is_named_and_the_survivor_refuses(pool, connected):
     ray.get(connected.connect.remote(pool.actors[:1], 30.0))
     ray.get(connected.send.remote(10))
     assert generate_alone(pool.actors[0], [request(0, 1)], 5).info.weight_version.tolist() == [10]
-    with pytest.raises(C2FError, match="rollout actor 1 died and owes 3 samples"):
+    with pytest.raises(ActorDiedError, match="rollout actor 1, which owes 3 samples: an actor died"):
         list(pool.generate([request(i, i // 3) for i in range(6)], 5, ordered=False))

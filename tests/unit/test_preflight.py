@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from c2f_ray.errors import NotBuiltError, RecipeError
-from c2f_ray.preflight import check_resources, check_train
+from c2f_ray.preflight import Needs, check_resources, check_train
 from c2f_ray.recipe import load_recipe
 from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
 
@@ -39,7 +39,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def problems(*overrides: str, fresh: bool = False) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as error:
         check_train(load_recipe(CONFIGS / "tiny.yaml", *overrides), fresh)
-    assert not Path("runs").exists() or Path("runs/tiny/metrics.jsonl").exists(), "nothing is written"
     return error.value.problems
 
 
@@ -98,9 +97,25 @@ def test_a_base_model_needs_a_template(folder: Path):
 
 def test_a_run_is_not_overwritten(folder: Path):
     Path("runs/tiny").mkdir(parents=True)
-    Path("runs/tiny/metrics.jsonl").write_text("{}\n")
-    assert "holds a run already" in problems()[0]
+    Path("runs/tiny/recipe.yaml").write_text("run: {}\n")
+    assert problems() == ("run.name: runs/tiny holds a run already; choose another name, or start over with --fresh",)
     check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=True)
+
+
+def test_fresh_removes_nothing_but_a_run(folder: Path):
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/thesis.tex").write_text("years of work")
+    assert "is not a run's folder, so --fresh does not remove it" in problems(fresh=True)[0]
+    with pytest.raises(RecipeError, match=r"run.name: '..': string should match pattern"):
+        load_recipe(CONFIGS / "tiny.yaml", "run.name=..")
+    Path("file").write_text("")
+    assert problems("run.folder=file") == ("run.folder: file is a file; choose another folder",)
+
+
+def test_the_reward_models_context(folder: Path):
+    assert problems("reward.max_tokens=300") == (
+        "reward.max_tokens: 300 is beyond the reward model's context of 256; lower it",
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,6 +134,8 @@ def test_an_unbuilt_reward_says_so(folder: Path):
 
 
 def test_more_gpus_than_the_cluster_has():
-    check_resources({"GPU": 8.0, "CPU": 0.0}, {"GPU": 8.0})
+    check_resources(Needs(gpus=8, cpus=0, gpus_of_one_actor=4), {"GPU": 8.0}, largest_node_gpus=4)
     with pytest.raises(RecipeError, match="the recipe asks for 8 GPU, and the cluster has 4; lower rollout.actors"):
-        check_resources({"GPU": 8.0}, {"GPU": 4.0, "CPU": 64.0})
+        check_resources(Needs(gpus=8, cpus=0, gpus_of_one_actor=1), {"GPU": 4.0, "CPU": 64.0}, largest_node_gpus=4)
+    with pytest.raises(RecipeError, match="one actor needs 8 GPU on one node, and the largest node has 4; lower"):
+        check_resources(Needs(gpus=8, cpus=0, gpus_of_one_actor=8), {"GPU": 8.0}, largest_node_gpus=4)

@@ -72,14 +72,36 @@ def test_a_hugging_face_dataset_reads_like_jsonl(tmp_path: Path):
         ('{"messages": "a"}\n\n{"prompt": "b"}\n', r"prompts.jsonl:3: no field 'messages'; it has prompt"),
         ('{"messages": [{"role": "assistant", "content": "b"}]}\n', r"prompts.jsonl:1: 'messages' is neither text nor"),
         ('["a"]\n', r"prompts.jsonl:1: no field 'messages'"),
+        ('{"messages": [{"role": "tool", "content": "b"}]}\n', r"prompts.jsonl:1: .* roles system, user, assistant"),
+        ('{"messages": "\udcff"}\n', r"prompts.jsonl:1: not valid JSON"),
         ("", r"prompts.source: .*prompts.jsonl: holds no prompts"),
     ],
 )
 def test_malformed_prompts_name_file_and_line(tmp_path: Path, text: str, problem: str):
     path = tmp_path / "prompts.jsonl"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(RecipeError, match=problem):
         source(path).load()
+
+
+def test_what_is_no_parquet_file_is_named(tmp_path: Path):
+    (tmp_path / "prompts.parquet").write_text("words")
+    with pytest.raises(RecipeError, match=r"prompts.source: .*prompts.parquet: not a Parquet file"):
+        source(tmp_path / "prompts.parquet").load()
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('no system role here') }}", "prompt '1': the chat template fails on it: no system role"),
+        ("{% if %}", "prompt '1': the chat template fails on it"),
+        ("{# nothing #}", "prompt '1' is empty: the chat template leaves nothing of it"),
+    ],
+)
+def test_a_template_that_fails_names_the_prompt(tmp_path: Path, template: str, problem: str):
+    path = jsonl(tmp_path, {"messages": "b=3,b?"})
+    with pytest.raises(RecipeError, match=problem):
+        build_prompt_set(source(path), policy_tokenizer(with_template=False), template, 48, "drop")
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
@@ -94,7 +116,9 @@ def test_long_prompts_are_dropped_and_counted_or_refused(tmp_path: Path):
     prompts = build_prompt_set(source(path), tokenizer, TEMPLATE, max_tokens=short, too_long="drop")
     assert (prompts.ids, prompts.num_dropped, prompts.tokens.lengths.tolist()) == (["short"], 1, [short])
     assert tokenizer.decode(prompts.tokens[0]) == "Q:b=3,b?\nA:"
-    with pytest.raises(RecipeError, match=f"prompt 'long' has {short + 3} tokens, more than max_tokens {short}"):
+    with pytest.raises(
+        RecipeError, match=f"prompt 'long' has {short + 3} tokens, more than prompts.max_tokens {short}"
+    ):
         build_prompt_set(source(path), tokenizer, TEMPLATE, max_tokens=short, too_long="refuse")
     with pytest.raises(RecipeError, match="all 2 prompts are longer"):
         build_prompt_set(source(path), tokenizer, TEMPLATE, max_tokens=2, too_long="drop")

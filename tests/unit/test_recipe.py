@@ -64,6 +64,37 @@ def test_an_error_names_key_value_rule_and_remedy(override: str, problem: str):
     assert error.value.problems == (problem,)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("run: [", "not valid YAML"),
+        ("{{ x }}: 1\n", "not valid YAML: a key is a name"),
+        ("run: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("run: \x07\n", "not valid YAML: unacceptable character"),
+        ("just words\n", "a recipe is a mapping of sections"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_clear_error(tmp_path: Path, text: str, problem: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(path)
+    path.write_bytes(b"run: \xff\n")
+    with pytest.raises(RecipeError, match="not UTF-8 text"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("override", ["learner.optimizer.lr=.inf", "rollout.timeout_s=.inf", "length.bias=.nan"])
+def test_a_number_is_finite(override: str):
+    with pytest.raises(RecipeError, match="input should be a finite number"):
+        load_recipe(TINY, override)
+
+
+def test_offload_needs_its_stage():
+    with pytest.raises(RecipeError, match="learner: offload 'all' needs zero_stage 3 or more, not 2"):
+        load_recipe(TINY, "learner.offload=all")
+
+
 def test_cpu_engines_with_gpu_learners_are_refused():
     with pytest.raises(RecipeError, match=r"rollout.gpus_per_actor and learner.gpus_per_rank: .* not 0 and 1"):
         load_recipe(TINY, "learner.gpus_per_rank=1")
