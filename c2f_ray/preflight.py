@@ -6,8 +6,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from c2f_ray.data.model_folder import absolute_folder, check_model
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
@@ -17,7 +18,6 @@ from c2f_ray.recipe.schema import ReMaxLearner, Reward, UltraRMReward
 from c2f_ray.reward.ultrarm import check_ultrarm_folder
 
 T = TypeVar("T")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -113,28 +113,6 @@ def training_prompts(recipe: Recipe, template: str) -> PromptSet:
     return build_prompt_set(source, tokenizer, template, settings.max_tokens, settings.too_long)
 
 
-def check_model(key: str, model: str) -> PreTrainedConfig:
-    """The configuration of a model folder that has weights in safetensors and a tokenizer, or of a model on the hub."""
-    folder = Path(model)
-    if not folder.is_dir() and (model.count("/") != 1 or folder.parent.is_dir() or model.startswith((".", "/"))):
-        raise RecipeError(f"{key}: {model}: no such folder")
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise RecipeError(f"{key}: {model}: no config.json; give a Hugging Face model folder")
-        if not any(folder.glob("*.safetensors")):
-            found = "only .bin files, which are pickles" if any(folder.glob("*.bin")) else "no weights"
-            raise RecipeError(f"{key}: {model}: holds {found}; convert or save the weights as safetensors")
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            raise RecipeError(
-                f"{key}: {model}: no tokenizer ({' or '.join(TOKENIZER_FILES)}); save it beside the model"
-            )
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"{key}: {model}: neither a model folder nor a model on the hub: {first}") from None
-
-
 def with_absolute_folders(recipe: Recipe) -> Recipe:
     """The recipe with its model folders as absolute paths: an actor's working directory need not be the driver's."""
     policy = recipe.policy.model_copy(update={"model": absolute_folder(recipe.policy.model)})
@@ -142,11 +120,6 @@ def with_absolute_folders(recipe: Recipe) -> Recipe:
     if isinstance(reward, UltraRMReward):
         reward = reward.model_copy(update={"model": absolute_folder(reward.model)})
     return recipe.model_copy(update={"policy": policy, "reward": reward})
-
-
-def absolute_folder(model: str) -> str:
-    """A folder's absolute path; a name on the hub stays as it is."""
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def check_context(config: PreTrainedConfig, prompt_key: str, prompt: int, response_key: str, response: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from huggingface_hub import snapshot_download
 from ray import ObjectRef
 from torch import Tensor, distributed
 from torch.nn.utils import get_total_norm
@@ -22,6 +21,7 @@ from transformers import GenerationConfig
 from c2f_ray.algorithms import remax
 from c2f_ray.algorithms.logprobs import chunks_for
 from c2f_ray.algorithms.schedule import lr_factor
+from c2f_ray.data.model_folder import copy_tokenizer
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import NonFiniteUpdateError
 from c2f_ray.learner.batching import MicroBatch, Samples, UpdateBatch, plan
@@ -31,8 +31,6 @@ from c2f_ray.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
 
-# What an exported folder takes from the policy's own, byte for byte.
-TOKENIZER_FILES = ["tokenizer*", "*_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"]
 NAMED_SAMPLES = 10  # how many samples an error names
 
 
@@ -224,19 +222,6 @@ class LearnerRank:
                 (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
-
-
-def copy_tokenizer(model: str, folder: Path) -> None:
-    """Copies the tokenizer of a Hugging Face folder, or of a model on the hub."""
-    source = Path(model)
-    if not source.is_dir():
-        source = Path(snapshot_download(model, allow_patterns=TOKENIZER_FILES))
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_dir():  # chat_templates/
-                shutil.copytree(file, folder / file.name)
-            else:
-                shutil.copyfile(file, folder / file.name)
 
 
 def _name(sample_ids: Int64) -> str:

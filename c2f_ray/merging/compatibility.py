@@ -1,24 +1,28 @@
-"""Can these models be merged? Answered before any actor starts, from `config.json` and the safetensors headers.
+"""Can these models be merged? Answered before any actor starts: files, configurations, tokenizers, then tensors.
 
-Invariant: nothing is written, and no weight is read.
+Invariant: nothing is written, no weight is read, and none is downloaded for models whose configurations differ.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
-
+from c2f_ray.data.model_folder import (
+    TensorSpec,
+    check_weights,
+    fetch,
+    find_model,
+    has_tokenizer,
+    read_config,
+    read_tensors,
+    read_tokenizer,
+)
 from c2f_ray.errors import RecipeError
 
-MODEL_FILES = ("*.json", "model*.safetensors", "*.jinja", "*.model", "*.txt")
 FLOAT_DTYPES = ("F32", "BF16", "F16")  # safetensors' names
 MAX_LISTED = 8  # tensors named in one error
+TOKENIZER = "tokenizer"  # allows different vocabularies; no configuration has a field of this name
 # Fields that say how a model is trained, served or described, not what its weights mean. All others are compared.
 IGNORED_FIELDS = {
     "_name_or_path",
@@ -51,74 +55,51 @@ IGNORED_FIELDS = {
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """Where a tensor lies and what it looks like, as its file's header says."""
+class Input:
+    """A model that can be merged."""
 
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name, such as BF16
-
-
-def model_folder(name: str | Path) -> Path:
-    """The folder of a model: ``name`` itself, or a download when it is a name on the hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(MODEL_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"merge: {str(name)!r} is no folder here, and the hub did not give it ({reason})") from error
+    folder: Path  # absolute
+    tensors: dict[str, TensorSpec]  # by name
+    from_hub: bool  # then its folder is in this node's cache, which other nodes do not see
 
 
-def check_models(models: Mapping[str, Path], allow: Sequence[str] = ()) -> dict[str, dict[str, TensorSpec]]:
-    """Refuse models whose merge would be meaningless; return each role's tensors by name.
+def check_inputs(given: Mapping[str, tuple[str, str]], allow: Sequence[str] = ()) -> dict[str, Input]:
+    """Refuse models whose merge would be meaningless.
 
-    ``models`` maps roles (base, coarse, instruct) to folders. Before training there is no coarse model yet: its
-    configuration will be the base model's, so base and instruct are enough. ``allow`` lists configuration fields
-    that may differ. Raises RecipeError with one line for each problem.
+    ``given`` holds (dotted key, folder or name on the hub) by role: base, coarse, instruct. ``allow`` lists
+    configuration fields that may differ, and ``tokenizer``. Only the instruct model, whose tokenizer the fine actors
+    get, must have one. Raises RecipeError with one line for each problem.
     """
-    missing = [line for role, folder in models.items() for line in _missing_files(role, folder)]
-    if missing:
-        raise RecipeError(*missing)
-    configs = {role: read_config(folder) for role, folder in models.items()}
-    tensors = {role: read_tensors(folder) for role, folder in models.items()}
-    problems = [*_config_problems(configs, allow), *_tensor_problems(tensors)]
+    files = {}
+    configs: dict[str, dict[str, Any]] = {}
+    vocabularies: dict[str, dict[str, int]] = {}
+    problems: list[str] = []
+    for role, (key, model) in given.items():
+        try:
+            files[role] = find_model(key, model)
+            configs[role] = dict(_flatten(read_config(files[role]).to_dict(), ""))
+            check_weights(files[role])
+            if role == "instruct" or has_tokenizer(files[role]):
+                vocabularies[role] = read_tokenizer(files[role]).get_vocab()
+        except RecipeError as error:
+            problems.extend(error.problems)
+    _refuse(problems)
+    _refuse([*_config_problems(configs, allow), *_vocabulary_problems(vocabularies, allow)])
+    inputs = {}
+    for role, (_, model) in given.items():
+        fetched = fetch(model, files[role])
+        inputs[role] = Input(fetched.folder, read_tensors(fetched), from_hub=not Path(model).is_dir())
+    _refuse(_tensor_problems({role: model.tensors for role, model in inputs.items()}))
+    return inputs
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise RecipeError(*problems)
-    return tensors
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration as flat dotted fields, absent ones at their defaults.
-
-    Rope settings lose their prefix (``rope_theta``), wherever a version of transformers keeps them.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"merge: {folder / 'config.json'} cannot be read: {error}") from error
-    return dict(_flatten(config, ""))
-
-
-def read_tensors(folder: Path) -> dict[str, TensorSpec]:
-    """Every tensor of a model folder, from the headers of its safetensors files."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    tensors: dict[str, TensorSpec] = {}
-    for file in [folder / name for name in names]:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                    part = handle.get_slice(name)
-                    tensors[name] = TensorSpec(file, tuple(part.get_shape()), part.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise RecipeError(f"merge: {file} is no complete safetensors file ({error}): copy it again") from error
-    return tensors
 
 
 def _flatten(config: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    """Dotted fields. Rope settings lose their prefix (``rope_theta``): they are nested in newer configurations only."""
     for key, value in config.items():
         if key in IGNORED_FIELDS:
             continue
@@ -128,28 +109,12 @@ def _flatten(config: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]
             yield prefix + key, value
 
 
-def _missing_files(role: str, folder: Path) -> list[str]:
-    if not (folder / "config.json").is_file():
-        return [f"merge.{role}: {folder} has no config.json: give a Hugging Face model folder"]
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return []
-    remedy = "give a Hugging Face model folder"
-    if any(folder.glob("*.bin")):
-        remedy = (
-            "only pickled .bin weights, which are never loaded here. Convert them once: AutoModelForCausalLM"
-            f".from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER) writes safetensors"
-        )
-    elif (folder / "adapter_model.safetensors").is_file():
-        remedy = "it holds an adapter: merge that into its model first (peft's merge_and_unload)"
-    return [f"merge.{role}: {folder} has no model.safetensors: {remedy}"]
-
-
 def _config_problems(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str]) -> list[str]:
     known = {field for config in configs.values() for field in config}
     problems = [
         f"merge.allow: {field!r} is no compared configuration field of these models"
         for field in allow
-        if field not in known
+        if field not in known and field != TOKENIZER
     ]
     for field in sorted(known - set(allow)):
         values = {role: config.get(field) for role, config in configs.items()}
@@ -160,6 +125,21 @@ def _config_problems(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[s
                 f"model made from this base, or list {field} in merge.allow"
             )
     return problems
+
+
+def _vocabulary_problems(vocabularies: Mapping[str, Mapping[str, int]], allow: Sequence[str]) -> list[str]:
+    """A row of the embeddings must stand for the same token in all models."""
+    entries = [set(vocabulary.items()) for vocabulary in vocabularies.values()]
+    different = {token for token, _ in set.union(*entries) - set.intersection(*entries)}
+    if TOKENIZER in allow or not different:
+        return []
+    token = min(different)
+    said = ", ".join(f"{vocabulary.get(token, 'none')} in {role}" for role, vocabulary in vocabularies.items())
+    more = f" (and {len(different) - 1} more tokens differ)" if len(different) > 1 else ""
+    return [
+        f"merge: the token {token!r} has id {said}{more}. Take an instruct model made from this base, or list "
+        f"{TOKENIZER} in merge.allow"
+    ]
 
 
 def _tensor_problems(tensors: Mapping[str, Mapping[str, TensorSpec]]) -> list[str]:
@@ -176,7 +156,7 @@ def _tensor_problems(tensors: Mapping[str, Mapping[str, TensorSpec]]) -> list[st
             problems.append(f"merge: tensor {name} has shape {shapes}")
         for role, spec in present.items():
             if spec.dtype not in FLOAT_DTYPES:
-                problems.append(f"merge.{role}: tensor {name} is {spec.dtype}: give unquantised weights")
+                problems.append(f"merge: tensor {name} is {spec.dtype} in {role}: give unquantised weights")
     if len(problems) > MAX_LISTED:
         return [*problems[:MAX_LISTED], f"merge: and {len(problems) - MAX_LISTED} more problems with tensors"]
     return problems

@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from c2f_ray.data.model_folder import TensorSpec
 from c2f_ray.errors import C2FError
-from c2f_ray.merging.compatibility import TensorSpec
 from c2f_ray.merging.methods import ROLES, merge_tensor
 
 CHUNK_ELEMENTS = 1 << 18  # of each tensor in memory at a time; larger ones leave the cache

@@ -240,7 +240,7 @@ class Merge(Section):
     coarse: str | None = None  # the run's `coarse/` when not given
     methods: Annotated[list[Literal["residue", "interpolate"]], Field(min_length=1)] = ["residue"]
     ratios: Annotated[list[Share], Field(min_length=1)]
-    allow: list[str] = []  # configuration fields in which the models may differ
+    allow: list[str] = []  # configuration fields in which the models may differ; `tokenizer` for their vocabularies
     dtype: Dtype | None = None  # of the files written; the instruct model's when not given
 
 

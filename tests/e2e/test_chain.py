@@ -187,10 +187,7 @@ def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, command: s
         ("evaluate.accuracy=os:nothing", "evaluate.accuracy: os:nothing: module 'os' has no attribute 'nothing'"),
         ("evaluate.accuracy=os.path:join", "evaluate.accuracy: os.path:join fails on an empty response: TypeError"),
         ("evaluate.max_tokens=250", "prompts.max_tokens 48 and evaluate.max_tokens 250 together are 298 tokens"),
-        (
-            "prompts.max_tokens=5",
-            "prompt 'heldout-00000' has 30 tokens, more than prompts.max_tokens 5; raise the limit",
-        ),
+        ("prompts.max_tokens=5", "tokens, more than prompts.max_tokens 5; raise the limit"),
     ],
 )
 def test_what_evaluate_refuses(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, problem: str):

@@ -9,12 +9,17 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from c2f_ray.errors import C2FError, DeadlineError, RecipeError
-from c2f_ray.merging.job import merge_models
+from c2f_ray.merging import job
+from c2f_ray.merging.job import merge, run_merge
+from c2f_ray.merging.plan import check_merge
+from c2f_ray.recipe import Recipe, load_recipe
+from c2f_ray.tiny.tokenizer import policy_tokenizer
 
 ROLES = ("base", "coarse", "instruct")
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def make_models(root: Path, dtype: torch.dtype, tied: bool, max_shard_size: str) -> dict[str, Path]:
@@ -37,10 +42,18 @@ def make_models(root: Path, dtype: torch.dtype, tied: bool, max_shard_size: str)
         folders[role] = root / role
         # The base model is never sharded: inputs need not be split alike.
         model.save_pretrained(folders[role], max_shard_size="1GB" if role == "base" else max_shard_size)
-    (folders["instruct"] / "tokenizer_config.json").write_text('{"added_by": "instruct"}')
-    (folders["instruct"] / "chat_template.jinja").write_text("{{ messages }}")
+    policy_tokenizer(with_template=True).save_pretrained(folders["instruct"])
+    (folders["instruct"] / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
     (folders["instruct"] / "notes.md").write_text("not for the fine actor")
     return folders
+
+
+def recipe_for(models: dict[str, Path], root: Path, **settings) -> Recipe:
+    """The fine actors of ``models`` go to ``root/run/fine``. Only the merge section means anything."""
+    section = {role: str(model) for role, model in models.items()}
+    section |= {"methods": ["residue"], "ratios": [0.4], "allow": [], "dtype": None} | settings
+    run = (f"run.folder={root}", "run.name=run")
+    return load_recipe(CONFIGS / "tiny.yaml", *run, f"merge={json.dumps(section)}")
 
 
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,18 +76,17 @@ def expected_values(method: str, ratio: float, tensors: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_size", ["1GB", "16KB"])
-def test_every_element_of_every_output(cluster, tmp_path, dtype, tied, max_shard_size):
+def test_every_element_of_every_output(cluster, tmp_path, monkeypatch, dtype, tied, max_shard_size):
     models = make_models(tmp_path, dtype, tied, max_shard_size)
     assert (models["coarse"] / "model.safetensors.index.json").exists() == (max_shard_size == "16KB")
-    limit = 20_000 if max_shard_size == "16KB" else 10**9
+    if max_shard_size == "16KB":
+        monkeypatch.setattr("c2f_ray.merging.plan.MAX_SHARD_BYTES", 20_000)
     methods, ratios = ["residue", "interpolate"], [0.0, 0.3, 1.0]
-    out = tmp_path / "fine"
-    folders = merge_models(
-        **models, methods=methods, ratios=ratios, allow=[], dtype=None, out=out, max_shard_bytes=limit
-    )
+    out = tmp_path / "run" / "fine"
+    folders = merge(recipe_for(models, tmp_path, methods=methods, ratios=ratios))
     assert [folder.name for folder in folders] == [f"{m}-{r:g}" for m in methods for r in ratios]
     assert sorted(out.iterdir()) == sorted(folders)
-    assert not (tmp_path / "fine.partial").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["fine"]
 
     inputs = {role: load_folder(folder) for role, folder in models.items()}
     for folder in folders:
@@ -99,17 +111,10 @@ def test_every_element_of_every_output(cluster, tmp_path, dtype, tied, max_shard
     assert bits(load_folder(out / "residue-1")) != bits(inputs["coarse"])
 
 
-def test_a_fine_folder_is_an_ordinary_one(cluster, tmp_path):
+def test_a_fine_folder_is_an_ordinary_one(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("c2f_ray.merging.plan.MAX_SHARD_BYTES", 20_000)
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
-    (folder,) = merge_models(
-        **models,
-        methods=["residue"],
-        ratios=[0.4],
-        allow=[],
-        dtype="bfloat16",
-        out=tmp_path / "fine",
-        max_shard_bytes=20_000,
-    )
+    (folder,) = merge(recipe_for(models, tmp_path, dtype="bfloat16"))
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert model.dtype == torch.bfloat16
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -129,16 +134,19 @@ def test_a_fine_folder_is_an_ordinary_one(cluster, tmp_path):
         "generation_config.json",
         "merge.json",
         "model.safetensors.index.json",
+        "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert (folder / "tokenizer_config.json").read_text() == '{"added_by": "instruct"}'
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (models["instruct"] / name).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == policy_tokenizer(with_template=True).get_vocab()
+    assert tokenizer.chat_template == policy_tokenizer(with_template=True).chat_template
 
 
 def test_the_manifest_can_be_checked_by_hand(cluster, tmp_path):
     models = make_models(tmp_path, torch.bfloat16, tied=False, max_shard_size="16KB")
-    folders = merge_models(
-        **models, methods=["residue", "interpolate"], ratios=[0.25], allow=[], dtype=None, out=tmp_path / "fine"
-    )
+    folders = merge(recipe_for(models, tmp_path, methods=["residue", "interpolate"], ratios=[0.25]))
     manifests = [json.loads((folder / "merge.json").read_text()) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         assert manifest["ratio"] == 0.25
@@ -177,7 +185,7 @@ REFUSALS = {
     "rope_theta is 10000.0 in base, 10000.0 in coarse, 1000000.0 in instruct": lambda models: change_config(
         models["instruct"], rope_parameters={"rope_theta": 1e6, "rope_type": "default"}
     ),
-    "only pickled .bin weights": lambda models: (models["instruct"] / "model.safetensors").rename(
+    "holds only .bin files, which are pickles": lambda models: (models["instruct"] / "model.safetensors").rename(
         models["instruct"] / "pytorch_model.bin"
     ),
     "tensor model.norm.weight is in base, instruct but not in coarse": lambda models: change_tensors(
@@ -194,7 +202,7 @@ def test_a_refusal_leaves_nothing_written(tmp_path, said):
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
     REFUSALS[said](models)
     with pytest.raises(RecipeError) as refusal:
-        merge_models(**models, methods=["residue"], ratios=[0.4], allow=[], dtype=None, out=tmp_path / "fine")
+        check_merge(recipe_for(models, tmp_path))
     assert said in str(refusal.value)
     assert {path.name for path in tmp_path.iterdir()} == set(models)
 
@@ -202,45 +210,35 @@ def test_a_refusal_leaves_nothing_written(tmp_path, said):
 def test_an_allowed_difference_is_merged_and_recorded(cluster, tmp_path):
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
     change_config(models["instruct"], rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
-    (folder,) = merge_models(
-        **models, methods=["residue"], ratios=[0.4], allow=["rope_theta"], dtype=None, out=tmp_path / "fine"
-    )
+    (folder,) = merge(recipe_for(models, tmp_path, allow=["rope_theta"]))
     assert json.loads((folder / "merge.json").read_text())["allow"] == ["rope_theta"]
     assert json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_theta"] == 1e6
 
 
 def test_an_existing_model_is_not_overwritten(cluster, tmp_path):
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
-    request = dict(**models, methods=["residue"], allow=[], dtype=None, out=tmp_path / "fine")
-    (folder,) = merge_models(**request, ratios=[0.4])
+    (folder,) = merge(recipe_for(models, tmp_path))
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     with pytest.raises(RecipeError, match=r"residue-0\.4 exists and is not overwritten"):
-        merge_models(**request, ratios=[0.2, 0.4])
+        check_merge(recipe_for(models, tmp_path, ratios=[0.2, 0.4]))
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["residue-0.4"]
     # A killed job leaves its work in `fine.partial`, which the next one replaces.
-    half = tmp_path / "fine.partial" / "residue-0.1"
+    half = tmp_path / "run" / "fine.partial" / "residue-0.1"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
-    merge_models(**request, ratios=[0.2])
+    merge(recipe_for(models, tmp_path, ratios=[0.2]))
     assert not half.parent.exists()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["residue-0.2", "residue-0.4"]
 
 
-def test_a_failure_halfway_leaves_no_folder(cluster, tmp_path):
+def test_a_failure_halfway_leaves_no_folder(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("c2f_ray.merging.plan.MAX_SHARD_BYTES", 20_000)
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
     change_tensors(models["coarse"], lambda tensors: tensors["model.norm.weight"].fill_(1e38))
     with pytest.raises(C2FError, match=r"residue-0\.5 has values in model\.norm\.weight that are not finite in F16"):
-        merge_models(
-            **models,
-            methods=["residue"],
-            ratios=[0.0, 0.5],
-            allow=[],
-            dtype="float16",
-            out=tmp_path / "fine",
-            max_shard_bytes=20_000,
-        )
-    assert {path.name for path in tmp_path.iterdir()} == set(models)
+        merge(recipe_for(models, tmp_path, ratios=[0.0, 0.5], dtype="float16"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_cluster_without_room_is_named_at_the_deadline(cluster, tmp_path):
@@ -252,15 +250,46 @@ def test_a_cluster_without_room_is_named_at_the_deadline(cluster, tmp_path):
             DeadlineError,
             match=r"none of model\.safetensors was finished in 1 s.*the cluster has \d+, of which 0 are free",
         ):
-            merge_models(
-                **models,
-                methods=["residue"],
-                ratios=[0.4],
-                allow=[],
-                dtype=None,
-                out=tmp_path / "fine",
-                timeout_s=1,
-            )
+            run_merge(check_merge(recipe_for(models, tmp_path)), timeout_s=1)
     finally:
         ray.util.remove_placement_group(group)
-    assert {path.name for path in tmp_path.iterdir()} == set(models)
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.fixture
+def instruct_on_hub(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Models of which the instruct model is one of the hub's, downloaded into the cache before."""
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--instruct"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    models["instruct"].rename(repository / "snapshots" / commit)
+    return models | {"instruct": Path("org/instruct")}
+
+
+def test_models_of_the_hub_are_merged_on_the_node_that_has_them(cluster, tmp_path, monkeypatch, instruct_on_hub):
+    placed = []
+    run_tasks = job._run_tasks
+    monkeypatch.setattr(job, "_run_tasks", lambda *args: placed.append(args[2]) or run_tasks(*args))
+    (folder,) = merge(recipe_for(instruct_on_hub, tmp_path, ratios=[0.0]))
+    (strategy,) = placed
+    assert (strategy.node_id, strategy.soft) == (ray.get_runtime_context().get_node_id(), False)
+    (snapshot,) = (tmp_path / "hub" / "models--org--instruct" / "snapshots").iterdir()
+    assert load_file(folder / "model.safetensors").keys() == load_file(snapshot / "model.safetensors").keys()
+    assert (folder / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
+
+
+def test_a_node_without_cpus_cannot_merge_models_of_the_hub(cluster, tmp_path, monkeypatch, instruct_on_hub):
+    plan = check_merge(recipe_for(instruct_on_hub, tmp_path))
+    here = ray.get_runtime_context().get_node_id()
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": here, "Resources": {"GPU": 8.0}}])
+    with pytest.raises(RecipeError) as refusal:
+        run_merge(plan)
+    assert refusal.value.problems == (
+        "merge: models from the hub lie in this node's cache, and the tasks must run where they are, but this node "
+        "gives Ray no CPU; download them into a folder that all nodes see, and name that",
+    )
+    assert not (tmp_path / "run").exists()

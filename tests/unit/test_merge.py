@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from c2f_ray import cli
+from c2f_ray.data.model_folder import TensorSpec, find_model, read_tensors
 from c2f_ray.errors import C2FError, RecipeError
-from c2f_ray.merging.compatibility import check_models, model_folder, read_tensors
+from c2f_ray.merging import compatibility
+from c2f_ray.merging.compatibility import check_inputs
 from c2f_ray.merging.methods import merge_tensor
 from c2f_ray.merging.shards import Variant, merge_shard, plan_shards
+from c2f_ray.tiny.tokenizer import policy_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],
@@ -28,10 +35,18 @@ MISTRAL = {
 
 
 def write_model(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **changes) -> Path:
-    folder.mkdir()
+    policy_tokenizer(with_template=True).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(MISTRAL | changes))
     save_file({"a": torch.ones(3)} if tensors is None else tensors, folder / "model.safetensors")
     return folder
+
+
+def given(**models: Path) -> dict[str, tuple[str, str]]:
+    return {role: (f"merge.{role}", str(folder)) for role, folder in models.items()}
+
+
+def specs_of(folder: Path) -> dict[str, TensorSpec]:
+    return read_tensors(find_model("merge.instruct", str(folder)))
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
@@ -88,30 +103,32 @@ def test_a_rope_theta_difference_is_refused_wherever_the_config_keeps_it(tmp_pat
     base = write_model(tmp_path / "base")
     nested = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
     instruct = write_model(tmp_path / "instruct", sliding_window=None, **nested)
-    models = {"base": base, "coarse": base, "instruct": instruct}
+    models = given(base=base, coarse=base, instruct=instruct)
     with pytest.raises(RecipeError) as refusal:
-        check_models(models)
-    assert len(refusal.value.problems) == 2
-    theta, window = refusal.value.problems
-    assert "rope_theta is 10000.0 in base, 10000.0 in coarse, 1000000.0 in instruct" in theta
-    assert "list rope_theta in merge.allow" in theta
-    assert "sliding_window is 4096 in base, 4096 in coarse, None in instruct" in window
-    assert set(check_models(models, allow=["rope_theta", "sliding_window"])) == set(models)
+        check_inputs(models)
+    remedy = "weights trained under different values do not add up. Take an instruct model made from this base, or list"
+    assert refusal.value.problems == (
+        "merge: rope_theta is 10000.0 in base, 10000.0 in coarse, 1000000.0 in instruct: "
+        f"{remedy} rope_theta in merge.allow",
+        f"merge: sliding_window is 4096 in base, 4096 in coarse, None in instruct: {remedy} "
+        "sliding_window in merge.allow",
+    )
+    assert set(check_inputs(models, allow=["rope_theta", "sliding_window"])) == set(models)
 
 
 def test_a_field_left_at_its_default_is_no_difference(tmp_path):
     base = write_model(tmp_path / "base")
     instruct = write_model(tmp_path / "instruct", rms_norm_eps=1e-6, attention_dropout=0.1, eos_token_id=7)
-    check_models({"base": base, "instruct": instruct})
+    check_inputs(given(base=base, instruct=instruct))
     other = write_model(tmp_path / "other", rms_norm_eps=1e-5)
     with pytest.raises(RecipeError, match=r"rms_norm_eps is 1e-06 in base, 1e-05 in instruct"):
-        check_models({"base": base, "instruct": other})
+        check_inputs(given(base=base, instruct=other))
 
 
 def test_a_misspelt_allowance_is_refused(tmp_path):
     base = write_model(tmp_path / "base")
     with pytest.raises(RecipeError, match=r"merge\.allow: 'rope_teta'"):
-        check_models({"base": base, "instruct": base}, allow=["rope_teta"])
+        check_inputs(given(base=base, instruct=base), allow=["rope_teta"])
 
 
 def test_all_tensor_problems_are_named_together(tmp_path):
@@ -119,43 +136,94 @@ def test_all_tensor_problems_are_named_together(tmp_path):
     quantised = {"a": torch.ones(4), "c": torch.ones(1), "q": torch.ones(2, dtype=torch.int8)}
     instruct = write_model(tmp_path / "instruct", quantised)
     with pytest.raises(RecipeError) as refusal:
-        check_models({"base": base, "instruct": instruct})
+        check_inputs(given(base=base, instruct=instruct))
     assert refusal.value.problems == (
         "merge: tensor a has shape [3] in base, [4] in instruct",
         "merge: tensor b is in base but not in instruct",
         "merge: tensor c is in instruct but not in base",
-        "merge.instruct: tensor q is I8: give unquantised weights",
+        "merge: tensor q is I8 in instruct: give unquantised weights",
     )
 
 
-def test_folders_without_usable_weights_are_refused_with_the_remedy(tmp_path):
-    good = write_model(tmp_path / "good")
-    pickled = write_model(tmp_path / "pickled")
-    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    adapter = write_model(tmp_path / "adapter")
-    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+def add_token(folder: Path, token: str) -> None:
+    tokenizer = policy_tokenizer(with_template=True)
+    assert tokenizer.add_tokens([token]) == 1
+    tokenizer.save_pretrained(folder)
+
+
+def test_other_vocabularies_are_refused_unless_allowed(tmp_path):
+    base, instruct = write_model(tmp_path / "base"), write_model(tmp_path / "instruct")
+    new_id = len(policy_tokenizer(with_template=True))
+    add_token(instruct, "<one>")
+    remedy = "Take an instruct model made from this base, or list tokenizer in merge.allow"
+    models = given(base=base, coarse=base, instruct=instruct)
     with pytest.raises(RecipeError) as refusal:
-        check_models({"base": pickled, "coarse": adapter, "instruct": good})
-    assert "save_pretrained(NEW_FOLDER) writes safetensors" in refusal.value.problems[0]
-    assert "merge_and_unload" in refusal.value.problems[1]
+        check_inputs(models)
+    assert refusal.value.problems == (
+        f"merge: the token '<one>' has id none in base, none in coarse, {new_id} in instruct. {remedy}",
+    )
+    add_token(base, "<two>")
+    with pytest.raises(RecipeError) as refusal:
+        check_inputs(given(base=base, instruct=instruct))
+    assert refusal.value.problems == (
+        f"merge: the token '<one>' has id none in base, {new_id} in instruct (and 1 more tokens differ). {remedy}",
+    )
+    assert set(check_inputs(models, allow=["tokenizer"])) == set(models)
 
 
-def test_a_truncated_file_is_named(tmp_path):
-    base = write_model(tmp_path / "base", {"a": torch.ones(1000)})
-    file = base / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(RecipeError, match=r"model\.safetensors is no complete safetensors file"):
-        check_models({"base": base, "instruct": base})
+def test_only_the_instruct_model_must_have_a_tokenizer(tmp_path):
+    base, instruct = write_model(tmp_path / "base"), write_model(tmp_path / "instruct")
+    (base / "tokenizer.json").unlink()
+    check_inputs(given(base=base, instruct=instruct))
+    with pytest.raises(RecipeError) as refusal:
+        check_inputs(given(base=instruct, instruct=base))
+    assert refusal.value.problems == (
+        f"merge.instruct: {base}: no tokenizer (tokenizer.json or tokenizer.model); save it beside the model",
+    )
 
 
-def test_a_name_that_is_neither_folder_nor_model_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"no folder here, and the hub did not give it"):
-        model_folder(tmp_path / "nowhere")
+def test_nothing_is_downloaded_for_models_that_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(compatibility, "fetch", lambda model, files: pytest.fail(f"fetched {model}"))
+    base, instruct = write_model(tmp_path / "base"), write_model(tmp_path / "instruct", hidden_size=32)
+    with pytest.raises(RecipeError, match=r"hidden_size is 16 in base, 32 in instruct"):
+        check_inputs(given(base=base, instruct=instruct))
+
+
+def refused(monkeypatch, capsys, *overrides: str) -> list[str]:
+    """What `c2f-ray merge` prints when it ends with exit code 2, without Ray."""
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.setattr(sys, "argv", ["c2f-ray", "merge", str(CONFIGS / "tiny.yaml"), "run.folder=runs", *overrides])
+    with pytest.raises(SystemExit) as exit_code:
+        cli.main()
+    assert exit_code.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+def test_bad_input_is_found_before_ray_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    coarse = write_model(tmp_path / "coarse")
+    assert refused(monkeypatch, capsys, "merge.instruct=nowhere") == [
+        "error: merge.coarse: runs/tiny/coarse: no coarse actor there; run `c2f-ray train` with this recipe first"
+    ]
+    (coarse / "model.safetensors").rename(coarse / "adapter_model.safetensors")
+    assert refused(monkeypatch, capsys, "merge.coarse=coarse", "merge.instruct=nowhere", "policy.model=./gone") == [
+        "error: policy.model: ./gone: no such folder",
+        "error: merge.coarse: coarse: holds only an adapter; merge it into its model first (peft's merge_and_unload)",
+        "error: merge.instruct: nowhere: no such folder",
+    ]
+    (coarse / "adapter_model.safetensors").rename(coarse / "model.safetensors")
+    models = ["merge.coarse=coarse", "merge.instruct=coarse"]
+    assert refused(monkeypatch, capsys, *models, "merge.base=gone") == ["error: merge.base: gone: no such folder"]
+    assert refused(monkeypatch, capsys, *models, "merge.base=coarse", "merge.ratios=[0.5, 0.5]") == [
+        "error: merge: interpolate-0.5 is asked for twice",
+        "error: merge: residue-0.5 is asked for twice",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["coarse"]
 
 
 def test_shards_hold_at_most_the_limit_and_every_tensor_once(tmp_path):
     tensors = {"a": torch.ones(10), "b": torch.ones(90), "c": torch.ones(11), "d": torch.ones(3)}
-    specs = read_tensors(write_model(tmp_path / "model", tensors))
+    specs = specs_of(write_model(tmp_path / "model", tensors))
     # bf16: 20, 180, 22 and 6 bytes; b is larger than the limit and gets a file of its own.
     shards = plan_shards(specs, "BF16", max_bytes=40)
     assert [sorted(shard.tensors) for shard in shards] == [["a"], ["b"], ["c", "d"]]
@@ -174,7 +242,7 @@ def test_written_files_are_what_safetensors_itself_reads(tmp_path, monkeypatch):
         "long": torch.randn(50).to(torch.float16),
     }
     folder = write_model(tmp_path / "model", tensors)
-    specs = read_tensors(folder)
+    specs = specs_of(folder)
     (shard,) = plan_shards(specs, None, max_bytes=10**9)
     out = tmp_path / "out"
     out.mkdir()
@@ -215,7 +283,7 @@ def test_inputs_are_read_once_however_many_outputs(tmp_path, monkeypatch):
     monkeypatch.setattr("c2f_ray.merging.shards.CHUNK_ELEMENTS", 8)
     roles = ("base", "coarse", "instruct")
     tensors = {"a": torch.ones(9, 3), "b": torch.ones(5)}  # 32 elements, 128 bytes
-    specs = {role: read_tensors(write_model(tmp_path / role, tensors)) for role in roles}
+    specs = {role: specs_of(write_model(tmp_path / role, tensors)) for role in roles}
     variants = [Variant(method, ratio) for method in ("residue", "interpolate") for ratio in (0.0, 0.3, 0.6)]
     folders = {variant.name: tmp_path / variant.name for variant in variants}
     for folder in folders.values():
@@ -226,8 +294,8 @@ def test_inputs_are_read_once_however_many_outputs(tmp_path, monkeypatch):
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):
-    instruct = read_tensors(write_model(tmp_path / "instruct", {"a": torch.tensor([1.0, 60000.0])}))
-    coarse = read_tensors(write_model(tmp_path / "coarse", {"a": torch.tensor([1.0, 80000.0])}))
+    instruct = specs_of(write_model(tmp_path / "instruct", {"a": torch.tensor([1.0, 60000.0])}))
+    coarse = specs_of(write_model(tmp_path / "coarse", {"a": torch.tensor([1.0, 80000.0])}))
     (shard,) = plan_shards(instruct, "F16", max_bytes=10**9)
     with pytest.raises(C2FError, match=r"interpolate-0\.5 has values in a that are not finite in F16"):
         merge_shard(
