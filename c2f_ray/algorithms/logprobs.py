@@ -24,7 +24,7 @@ class ResponseLogprobs(nn.Module):
     It is a module so that DeepSpeed's hooks see its forward.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, entropy_gradient: bool = False) -> None:
         super().__init__()
         for name, plain in LOGIT_SETTINGS.items():
             value = getattr(model.config, name, plain)
@@ -35,11 +35,12 @@ class ResponseLogprobs(nn.Module):
         output_layer = model.get_output_embeddings()
         assert output_layer is not None  # a causal LM has one
         self.model = model
+        self.entropy_gradient = entropy_gradient
         # In a tuple it is not registered a second time: the parameters keep their names.
         self._output_layer = (output_layer,)
 
     def forward(self, input_ids: Tensor, predicts: Tensor, targets: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
-        """``(logprobs, entropy)``, float32 [R], in nats; only ``logprobs`` has a gradient.
+        """``(logprobs, entropy)``, float32 [R], in nats; ``entropy`` has a gradient if it was asked for.
 
         ``input_ids`` int64 [B, S]: padded at the right, where a causal model cannot see it, so no attention mask.
         ``predicts`` bool [B, S]: the R positions whose next token is a response token.
@@ -49,7 +50,7 @@ class ResponseLogprobs(nn.Module):
         """
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]
         parts = [
-            checkpoint(_logprobs, part, self._output_layer[0], target, use_reentrant=False)
+            checkpoint(_logprobs, part, self._output_layer[0], target, self.entropy_gradient, use_reentrant=False)
             for part, target in zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
@@ -59,8 +60,10 @@ def chunks_for(num_tokens: int) -> int:
     return max(1, math.ceil(num_tokens / CHUNK_TOKENS))
 
 
-def _logprobs(hidden: Tensor, output_layer: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _logprobs(
+    hidden: Tensor, output_layer: nn.Module, targets: Tensor, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     logprobs = log_softmax(output_layer(hidden).float(), dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy

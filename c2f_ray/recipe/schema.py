@@ -157,7 +157,7 @@ class Optimizer(Section):
     ]  # ReMax's code
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps over which the rate rises
     max_grad_norm: Positive = 1.0  # ReMax's code
 
 
@@ -196,24 +196,44 @@ class ReMaxLearner(LearnerBase):
 
 
 class Critic(Section):
-    model: str = "policy"  # `policy`, `reward`, or a folder
+    """A value head on a transformer. The head is the reward model's where there is one, and zero otherwise."""
+
+    model: str = "policy"  # `policy`, `reward`, or a folder with the policy's tokenizer
     optimizer: Optimizer
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # critic-only updates before the first policy update
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # first steps of the run, whose rollouts train the critic only
 
 
 class PPOLearner(LearnerBase):
+    """PPO (arXiv 1707.06347) with a critic on the same ranks; no greedy rollouts."""
+
     algorithm: Literal["ppo"]
     critic: Critic
     epochs: Count = 1  # passes over a step's rollouts
-    minibatches: Count = 4
+    minibatches: Count = 4  # optimizer steps in one pass; they divide a step's samples evenly
     clip_ratio: Positive = 0.2
-    value_clip: Positive = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None  # arXiv 1912.09729: bounds the ratio of bad tokens; say 3
+    log_ratio_clip: Positive = 20.0  # log ratios are clipped to +- this before the ratio is taken
+    value_clip: Positive | None = 0.2  # how far from the rollout's value a value still learns; null for any
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     gae_lambda: Share = 0.95
-    whiten_advantages: bool = True
+    whiten_advantages: Literal["none", "unbiased", "biased"] = "unbiased"  # over all response tokens of a step
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    kl_in: Literal["reward", "loss"] = "reward"  # a penalty in every token's reward, or a term of the loss
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05  # 0 drops the reference
+    kl_target: Positive | None = None  # nats per response that the coefficient adapts to; null keeps it as it is
+    normalise_reward: bool = False  # by the mean and standard deviation of all rewards so far, before the clip
     reward_clip: Positive = 5.0
+
+    @model_validator(mode="after")
+    def _kl_is_used(self) -> "PPOLearner":
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_in loss with kl_estimator k1 has no effect: its expected gradient is zero; use k2 or k3"
+            )
+        if self.kl_target is not None and self.kl_coefficient == 0:
+            raise ValueError("kl_target has no effect on a kl_coefficient of 0; raise it above, or leave kl_target out")
+        return self
 
 
 class RejectionSamplingLearner(LearnerBase):
@@ -284,3 +304,13 @@ class Recipe(Section):
                 f"{self.reward.kind!r}; use 'policy' or a folder"
             )
         return self
+
+
+def critic_model(recipe: Recipe) -> str:
+    """The folder, or the name on the hub, that PPO's critic starts from."""
+    assert isinstance(recipe.learner, PPOLearner)
+    model = recipe.learner.critic.model
+    if model == "reward":
+        assert isinstance(recipe.reward, UltraRMReward)  # the recipe is refused otherwise
+        return recipe.reward.model
+    return recipe.policy.model if model == "policy" else model

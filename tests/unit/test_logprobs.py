@@ -57,6 +57,18 @@ def test_values_and_gradients_equal_the_plain_ones(num_chunks):
         )
 
 
+def test_the_entropys_gradient_is_there_when_asked_for():
+    model = tiny_mistral()
+    expected = plain(model, [([5, 6, 7], [8, 9, 10, 11, 2])])[1]
+    gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    input_ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 2]])
+    predicts = torch.tensor([[False, False, True, True, True, True, True, False]])
+    _, entropy = ResponseLogprobs(model, entropy_gradient=True)(input_ids, predicts, input_ids[0, 3:], 2)
+    found = torch.autograd.grad(entropy.sum(), list(model.parameters()))
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_logits_never_exist_for_more_than_a_chunk():
     assert [chunks_for(tokens) for tokens in (0, 1, 1024, 1025)] == [1, 1, 1, 2]
     model = tiny_mistral()
