@@ -27,6 +27,7 @@ from c2f_ray.errors import C2FError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
+from c2f_ray.recipe.schema import ReMaxLearner
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import ray_session, train_needs
@@ -89,6 +90,7 @@ class _Training:
     def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.greedy_rollouts = isinstance(recipe.learner, ReMaxLearner)
         self.total_steps = checked.total_steps
         self.prompt_ids = checked.prompts.ids
         self.prompts_dropped = checked.prompts.num_dropped
@@ -129,26 +131,23 @@ class _Training:
         requests = self.draw_requests()
         rollouts = self.roll_out(requests, limit, progress)
 
-        sampled = ~rollouts.info.greedy
-        greedy_reward = dict(
-            zip(rollouts.info.prompt_row[~sampled].tolist(), rollouts.rewards[~sampled].tolist(), strict=True)
-        )
-        batch = UpdateBatch(
-            sample_id=rollouts.info.sample_id[sampled],
-            reward=rollouts.rewards[sampled],
-            baseline=np.array([greedy_reward[row] for row in rollouts.info.prompt_row[sampled].tolist()], np.float32),
-        )
+        batch = self.update_batch(rollouts)
         with self.timed("learner", progress):
             learned = self.learner.update(rollouts.shards, batch)
         with self.timed("weights", progress):
             self.state.weight_version += 1
             self.learner.send_weights(self.state.weight_version)
 
-        spread = length_control.reward_spread(batch.reward, batch.baseline)
-        inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=spread)
+        if batch.baseline is None:
+            critic = learned["critic/loss"]
+        else:
+            critic = length_control.reward_spread(batch.reward, batch.baseline)
+            learned["reward/greedy_mean"] = float(batch.baseline.mean())
+        inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=critic)
         self.state.length, decision = length_control.observe(self.recipe.length, self.state.length, inputs)
         self.state.step += 1
         self.save(rollouts)
+        sampled = ~rollouts.info.greedy
         lengths = rollouts.info.response_tokens[sampled]
         seconds = time.perf_counter() - began
         return {
@@ -156,7 +155,6 @@ class _Training:
             "prompts/dropped": self.prompts_dropped,
             "reward/mean": float(batch.reward.mean()),
             "reward/std": float(batch.reward.std()),
-            "reward/greedy_mean": float(batch.baseline.mean()),
             "length/limit": limit,
             "length/mean": float(lengths.mean()),
             "length/max": int(lengths.max()),
@@ -170,21 +168,32 @@ class _Training:
             "time/samples_per_s": len(rollouts.info) / seconds,
         }
 
+    def update_batch(self, rollouts: Rollouts) -> UpdateBatch:
+        """What the learner needs beside the shards; greedy rollouts, where there are any, become the baseline."""
+        info, rewards = rollouts.info, rollouts.rewards
+        sampled = ~info.greedy
+        baseline = None
+        if self.greedy_rollouts:
+            greedy = dict(zip(info.prompt_row[~sampled].tolist(), rewards[~sampled].tolist(), strict=True))
+            baseline = np.array([greedy[row] for row in info.prompt_row[sampled].tolist()], np.float32)
+        return UpdateBatch(info.sample_id[sampled], rewards[sampled], baseline)
+
     def draw_requests(self) -> list[RolloutRequest]:
-        """This step's requests: each prompt's samples and, after them, its greedy rollout."""
+        """This step's requests: each prompt's samples and, after them, its greedy rollout where ReMax wants one."""
         recipe, state = self.recipe, self.state
         count = recipe.prompts.per_step
         if recipe.run.epochs is not None:
             count = min(count, recipe.run.epochs * len(self.prompt_ids) - state.position)
         drawn = draw(state.position, count, len(self.prompt_ids), recipe.run.seed, recipe.prompts.shuffle)
         state.position += count
-        per_prompt = recipe.rollout.samples_per_prompt + 1
+        samples = recipe.rollout.samples_per_prompt
+        per_prompt = samples + self.greedy_rollouts
         return [
             RolloutRequest(
                 sample_id=prompt * per_prompt + sample,
                 prompt_row=row,
                 seed=request_seed(recipe.run.seed, self.prompt_ids[row], epoch, sample),
-                greedy=sample == per_prompt - 1,
+                greedy=sample == samples,
             )
             for prompt, (row, epoch) in enumerate(drawn)
             for sample in range(per_prompt)

@@ -14,7 +14,7 @@ from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.errors import NotBuiltError, RecipeError
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import ReMaxLearner, Reward, UltraRMReward
+from c2f_ray.recipe.schema import PPOLearner, RejectionSamplingLearner, Reward, UltraRMReward, critic_model
 from c2f_ray.reward.ultrarm import check_ultrarm_folder
 
 T = TypeVar("T")
@@ -36,8 +36,8 @@ def run_folder(recipe: Recipe) -> Path:
 
 def check_train(recipe: Recipe, fresh: bool) -> Checked:
     """Raises RecipeError with every problem that `train` would meet. Writes nothing."""
-    if not isinstance(recipe.learner, ReMaxLearner):
-        raise NotBuiltError(f"learner.algorithm: {recipe.learner.algorithm!r} cannot be run yet; use 'remax'")
+    if isinstance(recipe.learner, RejectionSamplingLearner):
+        raise NotBuiltError(f"learner.algorithm: {recipe.learner.algorithm!r} cannot be run yet; use 'remax' or 'ppo'")
     problems: list[str] = []
 
     def attempt(check: Callable[..., T], *args: Any) -> T | None:
@@ -56,13 +56,50 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     if config:
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
         attempt(check_context, config, *limits)
+        if isinstance(recipe.learner, PPOLearner):
+            attempt(check_minibatches, recipe, recipe.learner)
+            attempt(check_critic, recipe, recipe.learner)
     attempt(check_run_folder, run_folder(recipe), fresh)
     if problems or prompts is None or template is None or reward is None:
         raise RecipeError(*problems)
-    if recipe.run.steps is not None:
-        return Checked(prompts, template, reward, recipe.run.steps)
-    assert recipe.run.epochs is not None  # the recipe has exactly one of the two
-    return Checked(prompts, template, reward, ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step))
+    total_steps = recipe.run.steps
+    if total_steps is None:
+        assert recipe.run.epochs is not None  # the recipe has exactly one of the two
+        total_steps = ceil(recipe.run.epochs * len(prompts) / recipe.prompts.per_step)
+    if isinstance(recipe.learner, PPOLearner) and recipe.learner.critic.warmup_steps >= total_steps:
+        raise RecipeError(
+            f"learner.critic.warmup_steps: {recipe.learner.critic.warmup_steps} of the run's {total_steps} steps leave "
+            "none for the policy; lower it, or train longer"
+        )
+    return Checked(prompts, template, reward, total_steps)
+
+
+def check_minibatches(recipe: Recipe, learner: PPOLearner) -> None:
+    samples = recipe.prompts.per_step * recipe.rollout.samples_per_prompt
+    what = f"learner.minibatches: {learner.minibatches}: a step has {samples} samples, prompts.per_step times"
+    what += " rollout.samples_per_prompt"
+    if samples % learner.minibatches:
+        raise RecipeError(f"{what}, which it does not divide evenly; choose a divisor")
+    if samples // learner.minibatches < learner.ranks:
+        raise RecipeError(
+            f"{what}, so a minibatch has {samples // learner.minibatches} for {learner.ranks} ranks; lower minibatches "
+            "or learner.ranks, or draw more samples"
+        )
+
+
+def check_critic(recipe: Recipe, learner: PPOLearner) -> None:
+    """A critic that starts from another model than the policy must read the same token ids, and as many of them."""
+    model, key = critic_model(recipe), "learner.critic.model"
+    if model == recipe.policy.model:
+        return
+    config = check_model(key, model)
+    limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
+    check_context(config, *limits, owner="critic")
+    if load_tokenizer(model).get_vocab() != load_tokenizer(recipe.policy.model).get_vocab():
+        raise RecipeError(
+            f"{key}: {model} has another vocabulary than {recipe.policy.model}, so the policy's token ids would be "
+            "other words to it; use 'policy', or a model with the policy's tokenizer"
+        )
 
 
 def check_reward(reward: Reward) -> UltraRMReward:
@@ -119,15 +156,21 @@ def with_absolute_folders(recipe: Recipe) -> Recipe:
     reward = recipe.reward
     if isinstance(reward, UltraRMReward):
         reward = reward.model_copy(update={"model": absolute_folder(reward.model)})
-    return recipe.model_copy(update={"policy": policy, "reward": reward})
+    learner = recipe.learner
+    if isinstance(learner, PPOLearner) and learner.critic.model not in ("policy", "reward"):
+        critic = learner.critic.model_copy(update={"model": absolute_folder(learner.critic.model)})
+        learner = learner.model_copy(update={"critic": critic})
+    return recipe.model_copy(update={"policy": policy, "reward": reward, "learner": learner})
 
 
-def check_context(config: PreTrainedConfig, prompt_key: str, prompt: int, response_key: str, response: int) -> None:
+def check_context(
+    config: PreTrainedConfig, prompt_key: str, prompt: int, response_key: str, response: int, owner: str = "model"
+) -> None:
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and prompt + response > context:
         raise RecipeError(
             f"{prompt_key} {prompt} and {response_key} {response} together are {prompt + response} tokens, beyond "
-            f"the model's context of {context}; lower one of them"
+            f"the {owner}'s context of {context}; lower one of them"
         )
 
 

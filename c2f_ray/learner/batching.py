@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from c2f_ray.algorithms.logprobs import chunks_for
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
+from c2f_ray.recipe.schema import LearnerBase
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class UpdateBatch:
 
     sample_id: Int64  # [N]
     reward: NDArray[np.float32]  # [N]
-    baseline: NDArray[np.float32]  # [N] reward of the same prompt's greedy rollout
+    baseline: NDArray[np.float32] | None  # [N] reward of the same prompt's greedy rollout; None without such rollouts
 
 
 def split_by_tokens(lengths: Int64, num_ranks: int) -> list[Int64]:
@@ -123,6 +125,12 @@ class Samples:
         self.response_tokens: Int64 = info.response_tokens[order].astype(np.int64)
         self.lengths: Int64 = info.prompt_tokens[order] + self.response_tokens  # in tokens
 
+    def tokens_of(self, rows: Int64) -> Tensor:
+        """Where the response tokens of these rows are among those of all, row after row; int64 [R]."""
+        ends = np.cumsum(self.response_tokens)
+        spans = [np.arange(ends[row] - self.response_tokens[row], ends[row]) for row in rows]
+        return torch.from_numpy(np.concatenate([*spans, np.empty(0, np.int64)]))
+
     def _join(self, name: str, rows: Int64) -> Ragged:
         parts = [getattr(self.shards[self.shard[row]], name)[self.row[row]] for row in rows]
         return Ragged.from_rows(parts, getattr(self.shards[0], name).values.dtype.type)
@@ -145,3 +153,11 @@ class Samples:
             mask=torch.from_numpy(np.arange((end - prompt_end).max()) < end - prompt_end),
             sampler_logprobs=torch.from_numpy(self._join("sampler_logprobs", rows).values),
         )
+
+
+def rank_plan(samples: Samples, rows: Int64, rank: int, learner: LearnerBase) -> list[tuple[Int64, int]]:
+    """One rank's micro-batches of ``rows``: (rows, chunks of the output layer, as many as the rank with most needs)."""
+    parts = plan(samples.lengths[rows], learner.ranks, learner.tokens_per_microbatch)
+    ranks = [[rows[part] for part in micro] for micro in parts]
+    most = [max(samples.response_tokens[part].sum() for part in together) for together in zip(*ranks, strict=True)]
+    return [(part, chunks_for(int(tokens))) for part, tokens in zip(ranks[rank], most, strict=True)]

@@ -1,21 +1,30 @@
-"""DeepSpeed around the policy: everything in c2f_ray that knows how DeepSpeed is set up.
+"""DeepSpeed around the models: everything in c2f_ray that knows how DeepSpeed is set up.
 
 Import it inside a rank's process only, after its environment is set: DeepSpeed chooses its accelerator at import.
 """
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import distributed, nn
-from transformers import AutoModelForCausalLM
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, distributed, nn
+from torch.nn.utils import get_total_norm
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
-from c2f_ray.recipe.schema import LearnerBase, Policy
+from c2f_ray.algorithms.schedule import lr_factor
+from c2f_ray.algorithms.values import ResponseValues
+from c2f_ray.recipe.schema import LearnerBase, Optimizer, Policy
 from c2f_ray.weights.source import Gather, no_gather
+
+# A reward model's head: UltraRM's name, and that of transformers' sequence classifiers.
+HEADS = ("regression_head.weight", "score.weight")
 
 
 def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase, timeout_s: float) -> None:
@@ -32,50 +41,106 @@ def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase
     deepspeed.init_distributed()
 
 
-def load_policy(policy: Policy) -> ResponseLogprobs:
-    """The policy's model with every dropout off: a rollout's logprobs are those of the whole model."""
-    model = AutoModelForCausalLM.from_pretrained(
-        policy.model,
+def load_policy(policy: Policy, *, entropy_gradient: bool = False) -> ResponseLogprobs:
+    return ResponseLogprobs(_load(AutoModelForCausalLM, policy.model, policy), entropy_gradient=entropy_gradient)
+
+
+def load_critic(model: str, policy: Policy) -> ResponseValues:
+    """The critic from a policy's or a reward model's folder, or from the hub, with the policy's settings."""
+    return ResponseValues(_load(AutoModel, model, policy), _head(model))
+
+
+def _load(kind: Any, model: str, policy: Policy) -> PreTrainedModel:
+    """With every dropout off: a rollout's logprobs are those of the whole model."""
+    loaded = kind.from_pretrained(
+        model,
         dtype=getattr(torch, policy.dtype),
         attn_implementation="sdpa",
     )
-    for module in model.modules():
+    for module in loaded.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    return ResponseLogprobs(model)
+    return loaded
 
 
-def start_engine(policy: ResponseLogprobs, dtype: str, learner: LearnerBase) -> DeepSpeedEngine:
-    """The optimizer around the policy. Its learning rate is set before each update, in ``param_groups``."""
-    if learner.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine, *_ = deepspeed.initialize(model=policy, config=_config(dtype, learner))
-    engine.train()
-    return engine
+def _head(model: str) -> Tensor | None:
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, allow_patterns="*.safetensors"))
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in HEADS:
+                if name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    return tensors.get_tensor(name)
+    return None
 
 
-def _config(dtype: str, learner: LearnerBase) -> dict[str, Any]:
+class TrainedModel:
+    """A model under DeepSpeed with an optimizer of its own, whose learning rate follows the steps that it has taken."""
+
+    def __init__(
+        self,
+        module: ResponseLogprobs | ResponseValues,
+        learner: LearnerBase,
+        optimizer: Optimizer,
+        total_steps: int,
+    ) -> None:
+        """``total_steps`` of the optimizer in the whole run, for the schedule."""
+        if learner.gradient_checkpointing:
+            module.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.module = module
+        self.optimizer = optimizer
+        self.total_steps = total_steps
+        self.steps = 0  # taken
+        self.num_ranks = learner.ranks
+        self.engine: DeepSpeedEngine
+        self.engine, *_ = deepspeed.initialize(model=module, config=_config(module.model.dtype, learner, optimizer))
+        self.engine.train()
+        # Where DeepSpeed does not tell the gradient's norm.
+        self.own_norm = learner.zero_stage == 0 and module.model.dtype == torch.float32
+
+    @property
+    def whole(self) -> Gather:
+        """What makes parameters whole on every rank, all ranks together: only ZeRO-3 cuts them."""
+        return deepspeed.zero.GatheredParameters if self.engine.zero_optimization_stage() == 3 else no_gather
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of the sum of all ranks' losses; ``last`` before the optimizer's step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.num_ranks)  # DeepSpeed takes the mean over ranks
+
+    def step(self) -> tuple[float, float]:
+        """(learning rate, gradient's norm before clipping); nothing is changed when the gradient is not finite."""
+        lr = self.optimizer.lr * lr_factor(self.optimizer, self.steps, self.total_steps)
+        assert self.engine.optimizer is not None
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self.own_norm:
+            norm = get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        assert norm is not None
+        self.steps += 1
+        return lr, float(norm)
+
+
+def _config(dtype: torch.dtype, learner: LearnerBase, optimizer: Optimizer) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": learner.zero_stage}
     if learner.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if learner.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
-    optimizer = learner.optimizer
     adam = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": 1e-8, "weight_decay": optimizer.weight_decay}
     return {
-        # As far as DeepSpeed knows there is one micro-batch; the rank itself says which backward is an update's last.
+        # As far as DeepSpeed knows there is one micro-batch; `backward` is told which one is an update's last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},  # its own would need a compiler
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
     }
-
-
-def gather(engine: DeepSpeedEngine) -> Gather:
-    """What makes parameters whole on every rank, all ranks together: only ZeRO-3 cuts them."""
-    return deepspeed.zero.GatheredParameters if engine.zero_optimization_stage() == 3 else no_gather

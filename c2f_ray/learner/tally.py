@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
+from c2f_ray.learner.batching import MicroBatch, Samples
+
 
 class Tally:
     """Named sums, maxima and seconds. Every rank must name the same ones in the same order."""
@@ -28,6 +30,12 @@ class Tally:
         before = self._maxima.get(name, torch.zeros((), dtype=torch.float64, device=self.device))
         self._maxima[name] = torch.cat([values.flatten().double(), before.view(1)]).max()
 
+    def rollout(self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, kl: Tensor) -> None:
+        """What ``rollout_metrics`` needs of each micro-batch, once in an update, at rollout weights; [R] each."""
+        gap = (logprobs - micro.sampler_logprobs).abs()
+        self.add(kl=kl, entropy=entropy, gap=gap, padded=micro.input_ids.numel())
+        self.peak("gap_max", gap)
+
     @contextmanager
     def seconds(self, name: str) -> Iterator[None]:
         start = self._clock()
@@ -48,3 +56,20 @@ class Tally:
         distributed.all_reduce(maxima, distributed.ReduceOp.MAX)
         names = [*self._sums, *self._maxima, *self._seconds]
         return dict(zip(names, torch.cat([sums, maxima]).tolist(), strict=True))
+
+
+def rollout_metrics(totals: dict[str, float], samples: Samples, *, has_reference: bool) -> dict[str, float]:
+    """The metrics that every algorithm has, from what ``reduce`` returned, and the seconds."""
+    tokens, responses = float(samples.response_tokens.sum()), len(samples.sample_id)
+    metrics = {
+        "learner/entropy": totals["entropy"] / tokens,  # nats, of the distribution before temperature and top_p
+        "learner/tokens": tokens,  # response tokens
+        "learner/response_tokens_mean": tokens / responses,
+        "learner/padding_waste": 1.0 - float(samples.lengths.sum()) / totals["padded"],  # of the tokens computed
+        "logprob_gap/mean": totals["gap"] / tokens,  # |learner - sampler|
+        "logprob_gap/max": totals["gap_max"],
+    }
+    if has_reference:
+        metrics["kl/sequence"] = totals["kl"] / responses  # nats, summed over a response's tokens
+        metrics["kl/token"] = totals["kl"] / tokens
+    return metrics | {name: value for name, value in totals.items() if name.startswith("time/")}

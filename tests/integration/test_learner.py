@@ -115,7 +115,9 @@ def clipped_gradients(rank) -> dict:
     """After a first update AdamW's first moment is (1 - beta1) times the clipped gradient."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    moments = {name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in rank.policy.model.named_parameters()}
+    moments = {
+        name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in rank.policy.module.model.named_parameters()
+    }
     return {name: moment.clone() / 0.1 for name, moment in moments.items()}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -118,13 +119,44 @@ def test_the_reward_models_context(folder: Path):
     )
 
 
+def test_what_is_not_built_yet_says_so():
+    with pytest.raises(NotBuiltError, match="learner.algorithm: 'rejection_sampling' cannot be run yet"):
+        check_train(load_recipe(CONFIGS / "merlinite_7b_pt.yaml"), fresh=False)
+
+
 @pytest.mark.parametrize(
-    ("recipe", "missing"),
-    [("mistral_c2f", "'ppo' cannot be run yet"), ("merlinite_7b_pt", "'rejection_sampling' cannot be run yet")],
+    ("overrides", "problem"),
+    [
+        (["learner.minibatches=5"], "learner.minibatches: 5: a step has 64 samples, * which it does not divide evenly"),
+        (["learner.minibatches=128"], "learner.minibatches: 128: a step has 64 samples, * does not divide evenly"),
+        (
+            ["learner.minibatches=64"],
+            "learner.minibatches: 64: a step has 64 samples, * so a minibatch has 1 for 2 ranks",
+        ),
+        (["learner.critic.warmup_steps=36"], "learner.critic.warmup_steps: 36 of the run's 36 steps leave none"),
+        (["learner.critic.model=nowhere"], "learner.critic.model: nowhere: no such folder"),
+        (
+            ["learner.critic.model=reward"],
+            "learner.critic.model: .cache/tiny/reward has another vocabulary than .cache/tiny/base, so the policy's "
+            "token ids would be other words to it; use 'policy'",
+        ),
+    ],
 )
-def test_what_is_not_built_yet_says_so(recipe: str, missing: str):
-    with pytest.raises(NotBuiltError, match=f"learner.algorithm: {missing}"):
-        check_train(load_recipe(CONFIGS / f"{recipe}.yaml"), fresh=False)
+def test_ppo_settings_that_cannot_work(folder: Path, overrides: list[str], problem: str):
+    with pytest.raises(RecipeError) as error:
+        check_train(load_recipe(CONFIGS / "tiny_ppo.yaml", *overrides), fresh=False)
+    (found,) = error.value.problems
+    assert fnmatch(found, f"{problem}*")
+
+
+def test_a_critic_with_the_policys_vocabulary_passes(folder: Path):
+    """Samples per prompt count as samples of the step; the critic may be any model that reads the policy's ids."""
+    overrides = ["learner.critic.model=.cache/tiny/instruct", "rollout.samples_per_prompt=2", "learner.minibatches=64"]
+    assert check_train(load_recipe(CONFIGS / "tiny_ppo.yaml", *overrides), fresh=False).total_steps == 36
+    config = json.loads((folder / "instruct" / "config.json").read_text()) | {"max_position_embeddings": 100}
+    (folder / "instruct" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="beyond the critic's context of 100"):
+        check_train(load_recipe(CONFIGS / "tiny_ppo.yaml", *overrides), fresh=False)
 
 
 def test_an_unbuilt_reward_says_so(folder: Path):

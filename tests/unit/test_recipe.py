@@ -95,6 +95,36 @@ def test_offload_needs_its_stage():
         load_recipe(TINY, "learner.offload=all")
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "learner.kl_in=loss",
+            "learner: kl_in loss with kl_estimator k1 has no effect: its expected gradient is zero; use k2 or k3",
+        ),
+        (
+            "learner={algorithm: ppo, optimizer: {lr: 1.0e-3}, gpus_per_rank: 0}",
+            "learner.critic: missing; it has no default",
+        ),
+        ("learner.kl_penalty=one_step", "learner.kl_penalty: unknown key; did you mean learner.kl_estimator?"),
+    ],
+)
+def test_ppo_settings_with_no_effect_are_refused(override: str, problem: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(CONFIGS / "tiny_ppo.yaml", override)
+    assert error.value.problems[0].startswith(problem.split(";")[0])
+
+
+def test_ppo_settings_are_unknown_to_remax():
+    with pytest.raises(RecipeError, match="learner.epochs: unknown key"):
+        load_recipe(TINY, "learner.epochs=2")
+
+
+def test_a_target_for_no_kl_is_refused():
+    with pytest.raises(RecipeError, match="learner: kl_target has no effect on a kl_coefficient of 0"):
+        load_recipe(CONFIGS / "tiny_ppo.yaml", "learner.kl_target=6.0", "learner.kl_coefficient=0")
+
+
 def test_cpu_engines_with_gpu_learners_are_refused():
     with pytest.raises(RecipeError, match=r"rollout.gpus_per_actor and learner.gpus_per_rank: .* not 0 and 1"):
         load_recipe(TINY, "learner.gpus_per_rank=1")
