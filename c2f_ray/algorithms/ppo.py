@@ -12,9 +12,8 @@ from torch import Tensor
 
 def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
     """[B, T]: minus ``penalty`` [B, T] on every response token, plus ``scores`` [B] on the last (arXiv 1909.08593)."""
-    rewards = -penalty.masked_fill(~mask, 0.0)
-    last = mask.sum(-1, keepdim=True) - 1
-    return rewards.scatter_add(-1, last, scores[:, None].to(rewards.dtype))
+    is_last = torch.arange(mask.shape[-1], device=mask.device) == mask.sum(-1, keepdim=True) - 1
+    return torch.where(is_last, scores[:, None], 0.0) - penalty.masked_fill(~mask, 0.0)
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,15 @@ def load_critic(model: str, policy: Policy) -> ResponseValues:
 
 
 def _load(kind: Any, model: str, policy: Policy) -> PreTrainedModel:
-    """With every dropout off: a rollout's logprobs are those of the whole model."""
-    loaded = kind.from_pretrained(
+    """With every dropout off: a rollout's logprobs are those of the whole model. Raises where weights are missing."""
+    loaded, info = kind.from_pretrained(
         model,
         dtype=getattr(torch, policy.dtype),
         attn_implementation="sdpa",
+        output_loading_info=True,
     )
+    if info["missing_keys"]:
+        raise ValueError(f"{model} lacks weights that would start at random: {sorted(info['missing_keys'])[:5]}")
     for module in loaded.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

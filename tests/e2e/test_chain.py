@@ -122,6 +122,27 @@ def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
         ray.get(ray.put(Ragged.from_rows([[1]], int)))  # the guard works
 
 
+def test_ppo_trains_policy_and_critic_without_greedy_rollouts(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two steps on three updates' worth of layout: the first warms the critic up, so it starts at the base's weights."""
+    monkeypatch.chdir(folder)
+    small = [*SMALL[:5], "run.steps=2", "learner.critic.warmup_steps=1", "learner.minibatches=3"]
+    first, second = metrics_of(train(load_recipe("configs/tiny_ppo.yaml", *small)))
+    for step, line in enumerate((first, second)):
+        rows = pq.read_table(f"runs/tiny_ppo/trajectories/step_{step + 1:06d}.parquet").to_pylist()
+        assert [row["sample_id"] for row in rows] == list(range(PROMPTS))
+        assert not any(row["greedy"] for row in rows)
+        assert {row["weight_version"] for row in rows} == {step}
+        assert sum(row["response_tokens"] for row in rows) == line["learner/tokens"]
+        assert line["cm/critic"] == line["critic/loss"]
+        assert "reward/greedy_mean" not in line
+    assert "learner/loss" not in first
+    assert first["critic/value_mean"] == 0.0 != second["critic/value_mean"]
+    assert second["kl/sequence"] == 0.0, "the policy's first update is still to come"
+    assert second["learner/approx_kl"] > 0
+    weights = [Path(name, "model.safetensors").read_bytes() for name in ("runs/tiny_ppo/coarse", ".cache/tiny/base")]
+    assert weights[0] != weights[1]
+
+
 PLAIN = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -83,7 +83,10 @@ def batch(seed: int, order: int = 1) -> UpdateBatch:
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+def save_policy(folder: Path) -> Path:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
