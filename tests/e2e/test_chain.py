@@ -123,7 +123,7 @@ def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
 
 
 def test_ppo_trains_policy_and_critic_without_greedy_rollouts(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two steps on three updates' worth of layout: the first warms the critic up, so it starts at the base's weights."""
+    """The first of two steps warms the critic up and leaves the policy alone."""
     monkeypatch.chdir(folder)
     small = [*SMALL[:5], "run.steps=2", "learner.critic.warmup_steps=1", "learner.minibatches=3"]
     first, second = metrics_of(train(load_recipe("configs/tiny_ppo.yaml", *small)))
