@@ -223,7 +223,7 @@ class PPOLearner(LearnerBase):
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.05  # 0 drops the reference
     kl_target: Positive | None = None  # nats per response that the coefficient adapts to; null keeps it as it is
     normalise_reward: bool = False  # by the mean and standard deviation of all rewards so far, before the clip
-    reward_clip: Positive = 5.0
+    reward_clip: Positive = 5.0  # of the reward itself, before the KL penalty joins it
 
     @model_validator(mode="after")
     def _kl_is_used(self) -> "PPOLearner":

@@ -15,6 +15,23 @@ def random_lengths(seed, count):
     return np.minimum(4096, np.random.default_rng(seed).lognormal(6, 0.8, count)).astype(np.int64) + 1
 
 
+def test_tokens_of_by_hand():
+    """Sample ids 5, 7 and 9 have responses of 2, 3 and 1 tokens; the greedy one (id 6) is not among them."""
+    info = TrajectoryInfo(
+        sample_id=np.array([9, 6, 5, 7]),
+        prompt_row=np.zeros(4, np.int64),
+        greedy=np.array([False, True, False, False]),
+        finished=np.ones(4, bool),
+        prompt_tokens=np.ones(4, np.int32),
+        response_tokens=np.array([1, 8, 2, 3], np.int32),
+        weight_version=np.zeros(4, np.int32),
+    )
+    empty = Ragged.from_rows([[]] * 4, np.int32)
+    samples = Samples([Trajectories(info, empty, empty, empty)])
+    assert samples.tokens_of(np.array([2, 0, 1])).tolist() == [5, 0, 1, 2, 3, 4]
+    assert samples.tokens_of(np.array([], np.int64)).tolist() == []
+
+
 def test_split_by_hand():
     # 7 to rank 0; 5 and 4 to rank 1 (9); 3 to rank 0 (10); 1 to rank 1 (10)
     parts = split_by_tokens(np.array([7, 5, 4, 3, 1]), 2)
