@@ -242,7 +242,8 @@ class Plain:
         critic = {f"model.{name}": p for name, p in self.trunk.named_parameters()} | {"head.weight": self.head}
         moments = {f"policy.{n}": self.policy_optimizer.state[p]["exp_avg"] for n, p in self.policy.named_parameters()}
         moments |= {f"critic.{name}": self.critic_optimizer.state[p]["exp_avg"] for name, p in critic.items()}
-        return SimpleNamespace(policy=self.policy.state_dict(), critic=critic, moments=moments, metrics=self.metrics)
+        weights = {name: p.detach() for name, p in critic.items()}
+        return SimpleNamespace(policy=self.policy.state_dict(), critic=weights, moments=moments, metrics=self.metrics)
 
 
 @pytest.fixture(scope="module", params=[IN_REWARD, IN_LOSS], ids=["in_reward", "in_loss"])
