@@ -45,7 +45,7 @@ def test_engine_and_learner_agree_after_every_transfer(recipe: Recipe, cluster: 
         for version in range(3):
             learner.send_weights(version)
             (engine,) = ray.get([actor.weights_checksum.remote() for actor in rollouts.actors])
-            learner.export(tmp_path / "policy")
+            learner.export(tmp_path / "policy", "{{ messages }}")
             assert engine == [checksum(load_file(tmp_path / "policy" / "model.safetensors").values())]
             sums.append(engine[0])
 

@@ -108,7 +108,7 @@ def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamesp
         if update == 0:
             run.gradients = ray.get([rank.__ray_call__.remote(clipped_gradients) for rank in group.ranks])[0]
     run.logprobs = group.logprobs(shards(trajectories(0), order))
-    group.export(folder)
+    group.export(folder, "{{ messages }}")
     group.close()
     run.weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return run

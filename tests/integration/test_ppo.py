@@ -66,9 +66,9 @@ def learn(folders: SimpleNamespace, folder: Path, settings: dict, order: int = 1
     for update in range(UPDATES):
         run.metrics.append(group.update(shards(trajectories(update), order), batch(update, order)))
         if update == WARMUP - 1:
-            group.export(folder.with_name(folder.name + "_warm"))
+            group.export(folder.with_name(folder.name + "_warm"), "{{ messages }}")
     run.moments, run.critic = ray.get([rank.__ray_call__.remote(state_of_optimizers) for rank in group.ranks])[0]
-    group.export(folder)
+    group.export(folder, "{{ messages }}")
     group.close()
     run.weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return run
