@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray.exceptions import RayActorError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
-from c2f_ray.errors import DeadlineError, NonFiniteUpdateError
+from c2f_ray.errors import ActorDiedError, DeadlineError, NonFiniteUpdateError
 from c2f_ray.learner.batching import UpdateBatch, split_by_tokens
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.recipe.schema import Recipe
@@ -299,6 +298,6 @@ def test_a_rank_that_does_not_answer_is_named(broken):
         broken.logprobs(shards(trajectories(0)))
     start = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RayActorError):
+    with pytest.raises(ActorDiedError, match="learner logprobs: a rank died"):
         broken.logprobs(shards(trajectories(0)))
     assert time.monotonic() - start < 5
