@@ -1,8 +1,8 @@
 """Runs the demo from nothing and records its wall time and its peak memory: `python benchmarks/demo.py`.
 
 Memory is the proportional set size (PSS) of the demo's whole process tree, read twice a second: shared pages count
-once. Goals: 8 minutes on 2 cores, 12 GiB. Reading it
-takes a few per cent of a core from the demo.
+once. Goals: 8 minutes on 2 cores, 12 GiB. The reading takes a few per cent of a core from the
+demo.
 """
 
 import json
