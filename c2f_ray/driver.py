@@ -1,7 +1,8 @@
 """The loop: prompts, rollouts, rewards, learner, weights.
 
 Invariants: the driver holds ids, lengths, scores and references, never a trajectory's tokens; every sample that was
-asked for is learned from exactly once; engines and learner hold the same weights when a step ends.
+asked for is learned from exactly once, unless its update was not finite, which is saved aside; engines and learner
+hold the same weights when a step ends; a run that was killed goes on from its newest checkpoint.
 """
 
 import hashlib
@@ -19,11 +20,12 @@ import numpy as np
 import ray
 
 from c2f_ray.algorithms import length as length_control
-from c2f_ray.algorithms.length import LengthInputs, LengthState
+from c2f_ray.algorithms.length import LengthDecision, LengthInputs
+from c2f_ray.checkpoints import RunState, prune_checkpoints, write_checkpoint
 from c2f_ray.data.prompts import draw
 from c2f_ray.data.texts import save_trajectories
 from c2f_ray.data.trajectory import Float32, TrajectoryInfo
-from c2f_ray.errors import C2FError
+from c2f_ray.errors import C2FError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
@@ -36,16 +38,6 @@ from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
-
-
-@dataclass
-class RunState:
-    """All that the next step depends on, beside the weights."""
-
-    step: int  # steps done
-    position: int  # prompts drawn since the start
-    weight_version: int
-    length: LengthState
 
 
 @dataclass(frozen=True)
@@ -61,18 +53,24 @@ class Rollouts:
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     """Trains the coarse actor. Returns the run's folder, with `coarse/` and `metrics.jsonl` in it.
 
-    Raises RecipeError, with nothing written, when the recipe cannot be run; `fresh` removes an earlier run's folder.
+    Goes on from the newest complete checkpoint where the folder has one; `fresh` removes the folder first. Raises
+    RecipeError, with nothing written, when the recipe cannot be run.
     """
     given, recipe = recipe, with_absolute_folders(recipe)
     checked = check_train(recipe, fresh)
     folder = run_folder(recipe)
+    if checked.resume and checked.resume.state.step >= checked.total_steps and (folder / "coarse").is_dir():
+        print(f"{folder} has all of its {checked.total_steps} steps already")
+        return folder
     with ray_session(recipe, train_needs(recipe)), ExitStack() as stack:
         if fresh and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(given))
         progress = stack.enter_context(Progress(checked.total_steps))
-        log = stack.enter_context(closing(MetricsLog(folder)))
+        log = stack.enter_context(closing(MetricsLog(folder, checked.resume.state.step if checked.resume else 0)))
+        for note in checked.notes:
+            progress.note(note)
         if checked.prompts.num_dropped:
             progress.note(
                 f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
@@ -96,7 +94,13 @@ class _Training:
         self.prompts_dropped = checked.prompts.num_dropped
         self.template = checked.template
         self.prompts = ray.put(checked.prompts)
-        self.state = RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
+        self.policy_config = checked.policy_config
+        self.resume = checked.resume
+        self.state = (
+            checked.resume.state
+            if checked.resume
+            else RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
+        )
         self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
         self.seconds: dict[str, float] = {}
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
@@ -113,14 +117,19 @@ class _Training:
         self.rewards.wait_until_ready()
 
     def run(self, progress: Progress, log: MetricsLog) -> None:
+        if self.resume:
+            progress.stage("loading the checkpoint")
+            self.learner.load(self.resume.folder)
         self.learner.connect(self.rollouts.actors)
         self.learner.send_weights(self.state.weight_version)
         while self.state.step < self.total_steps:
             metrics = self.step(progress)
             log.write(metrics)
             progress.step(metrics)
+            if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.state.step == self.total_steps:
+                progress.stage("checkpoint")
+                self.checkpoint()
         progress.stage("exporting the coarse actor")
-        self.wait_for_saved_trajectories(0)
         self.learner.export(self.folder / "coarse", self.template)
 
     def step(self, progress: Progress) -> dict[str, Any]:
@@ -133,20 +142,15 @@ class _Training:
 
         batch = self.update_batch(rollouts)
         with self.timed("learner", progress):
-            learned = self.learner.update(rollouts.shards, batch)
+            learned = self.learn(rollouts, batch)
         with self.timed("weights", progress):
             self.state.weight_version += 1
             self.learner.send_weights(self.state.weight_version)
 
-        if batch.baseline is None:
-            critic = learned["critic/loss"]
-        else:
-            critic = length_control.reward_spread(batch.reward, batch.baseline)
-            learned["reward/greedy_mean"] = float(batch.baseline.mean())
-        inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=critic)
-        self.state.length, decision = length_control.observe(self.recipe.length, self.state.length, inputs)
+        decision = self.observe(batch, learned)
+        self.save(rollouts, self.folder / "trajectories" / f"step_{self.state.step + 1:06d}.parquet")
         self.state.step += 1
-        self.save(rollouts)
+        self.state.mean_reward = float(batch.reward.mean())
         sampled = ~rollouts.info.greedy
         lengths = rollouts.info.response_tokens[sampled]
         seconds = time.perf_counter() - began
@@ -159,7 +163,12 @@ class _Training:
             "length/mean": float(lengths.mean()),
             "length/max": int(lengths.max()),
             "length/truncated": float((~rollouts.info.finished[sampled]).mean()),
-            **{f"cm/{name}": value for name, value in asdict(decision).items() if value is not None},
+            **{
+                f"cm/{name}": value
+                for name, value in (asdict(decision) if decision else {}).items()
+                if value is not None
+            },
+            **({} if batch.baseline is None else {"reward/greedy_mean": float(batch.baseline.mean())}),
             **learned,
             "weights/version": self.state.weight_version,
             **{f"time/{name}_s": value for name, value in self.seconds.items()},
@@ -167,6 +176,40 @@ class _Training:
             "time/step_s": seconds,
             "time/samples_per_s": len(rollouts.info) / seconds,
         }
+
+    def learn(self, rollouts: Rollouts, batch: UpdateBatch) -> dict[str, float]:
+        """The update's metrics. One that is not finite is saved aside with its cause; several in a row end the run."""
+        state, learner = self.state, self.recipe.learner
+        try:
+            learned = self.learner.update(rollouts.shards, batch)
+        except NonFiniteUpdateError as error:
+            state.bad_updates += 1
+            cause = str(getattr(error, "cause", error))  # without the rank's traceback
+            aside = self.folder / "aside" / f"step_{state.step + 1:06d}.json"
+            aside.parent.mkdir(exist_ok=True)
+            aside.write_text(json.dumps({"step": state.step + 1, "cause": cause}, indent=1))
+            self.save(rollouts, aside.with_suffix(".parquet"))
+            if state.bad_updates >= learner.max_bad_updates:
+                self.wait_for_saved_trajectories(0)
+                raise C2FError(
+                    f"{state.bad_updates} updates in a row were not finite, the last of them: {cause}; their "
+                    f"samples are in {aside.parent}; lower learner.optimizer.lr, or raise learner.max_bad_updates"
+                ) from error
+            return {"learner/skipped": 1.0}
+        state.bad_updates = 0
+        return learned | {"learner/skipped": 0.0}
+
+    def observe(self, batch: UpdateBatch, learned: dict[str, float]) -> LengthDecision | None:
+        """The length controller sees the step, unless its update was skipped."""
+        if learned["learner/skipped"]:
+            return None
+        if batch.baseline is None:
+            critic = learned["critic/loss"]
+        else:
+            critic = length_control.reward_spread(batch.reward, batch.baseline)
+        inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=critic)
+        self.state.length, decision = length_control.observe(self.recipe.length, self.state.length, inputs)
+        return decision
 
     def update_batch(self, rollouts: Rollouts) -> UpdateBatch:
         """What the learner needs beside the shards; greedy rollouts, where there are any, become the baseline."""
@@ -218,12 +261,19 @@ class _Training:
             raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
         return Rollouts(shards, reward_refs, info, rewards)
 
-    def save(self, rollouts: Rollouts) -> None:
+    def checkpoint(self) -> None:
+        """Writes one; all that belongs to its steps is on disk before."""
+        self.wait_for_saved_trajectories(0)
+        write_checkpoint(self.folder, self.state, self.policy_config, self.learner.save)
+        keep = self.recipe.checkpoints
+        prune_checkpoints(self.folder, keep.keep_last, keep.keep_best)
+
+    def save(self, rollouts: Rollouts, path: Path) -> None:
+        """Starts to write the trajectories of the step that is under way."""
         self.wait_for_saved_trajectories(MAX_UNSAVED)
-        path = self.folder / "trajectories" / f"step_{self.state.step:06d}.parquet"
         task = save_trajectories.remote(
             path.absolute(),
-            self.state.step,
+            self.state.step + 1,
             self.recipe.policy.model,
             self.prompts,
             rollouts.shards,
@@ -231,9 +281,6 @@ class _Training:
             self.recipe.rollout.timeout_s,
         )
         self.saving.append(task)
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(asdict(self.state), indent=1))
-        partial.rename(self.folder / "state.json")
 
     def wait_for_saved_trajectories(self, at_most: int) -> None:
         """Until no more than `at_most` steps are still being written; raises what a writing task raised."""

@@ -35,6 +35,10 @@ class WeightMismatchError(C2FError, RuntimeError):
     """An engine and the learner hold different weights after a transfer."""
 
 
+class CheckpointError(C2FError, ValueError):
+    """A checkpoint does not hold what the run needs. The text names the file or the parameter."""
+
+
 class BadRewardError(C2FError, RuntimeError):
     """A reward was not finite. The text shows the response."""
 

@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong before any actor starts, found together and told in one error."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
 
+from c2f_ray.checkpoints import Checkpoint, newest_checkpoint
 from c2f_ray.data.model_folder import absolute_folder, check_model
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.errors import NotBuiltError, RecipeError
-from c2f_ray.recipe import Recipe
+from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.recipe.schema import PPOLearner, RejectionSamplingLearner, Reward, UltraRMReward, critic_model
 from c2f_ray.reward.ultrarm import check_ultrarm_folder
 
@@ -28,6 +30,9 @@ class Checked:
     template: str  # that renders them
     reward: UltraRMReward
     total_steps: int
+    policy_config: dict[str, Any]  # what the policy's architecture is
+    resume: Checkpoint | None  # to go on from
+    notes: list[str]  # what to tell before the run begins
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -60,7 +65,9 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             attempt(check_minibatches, recipe, recipe.learner)
             attempt(check_critic, recipe, recipe.learner)
     attempt(check_run_folder, run_folder(recipe), fresh)
-    if problems or prompts is None or template is None or reward is None:
+    architecture = architecture_of(config) if config else {}
+    continued = attempt(check_continued, recipe, architecture) if config and not fresh and not problems else (None, [])
+    if problems or prompts is None or template is None or reward is None or continued is None:
         raise RecipeError(*problems)
     total_steps = recipe.run.steps
     if total_steps is None:
@@ -71,7 +78,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             f"learner.critic.warmup_steps: {recipe.learner.critic.warmup_steps} of the run's {total_steps} steps leave "
             "none for the policy; lower it, or train longer"
         )
-    return Checked(prompts, template, reward, total_steps)
+    return Checked(prompts, template, reward, total_steps, architecture, *continued)
 
 
 def check_minibatches(recipe: Recipe, learner: PPOLearner) -> None:
@@ -126,8 +133,68 @@ def check_run_folder(folder: Path, fresh: bool) -> None:
         raise RecipeError(
             f"run.name: {folder} is not a run's folder, so --fresh does not remove it; choose another name"
         )
-    if not fresh and (folder / "recipe.yaml").exists():
-        raise RecipeError(f"run.name: {folder} holds a run already; choose another name, or start over with --fresh")
+
+
+def check_continued(recipe: Recipe, architecture: dict[str, Any]) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that the run's folder goes on from, and what to tell about it.
+
+    Raises RecipeError when the folder's run was of another kind, or when none of its checkpoints can be used.
+    """
+    folder = run_folder(recipe)
+    if not (folder / "recipe.yaml").is_file():
+        return None, []
+    start_over = "choose another run.name, or start over with --fresh"
+    changed = changed_settings(load_recipe(folder / "recipe.yaml"), recipe)
+    if fixed := [line for key, line in changed.items() if key.startswith(FIXED_IN_A_RUN)]:
+        raise RecipeError(*(f"{line}: the run at {folder} cannot change it any more; {start_over}" for line in fixed))
+    checkpoint, notes = newest_checkpoint(folder)
+    if checkpoint is None:
+        if any(folder.glob("checkpoints/step_??????")):
+            whole = f"run.name: {folder} has no checkpoint that can be used; {start_over}"
+            raise RecipeError(*(f"run.name: {note}" for note in notes), whole)
+        if (folder / "coarse").exists():
+            raise RecipeError(f"run.name: {folder} holds a finished run without checkpoints; {start_over}")
+        return None, [*notes, f"{folder} has no checkpoint yet: the run starts from its first step"]
+    keys = {**architecture, **checkpoint.policy}
+    if other := [key for key in keys if architecture.get(key) != checkpoint.policy.get(key)]:
+        raise RecipeError(
+            *(
+                f"policy.model: {key} is {architecture.get(key)}, and {checkpoint.policy.get(key)} in the model that "
+                f"{checkpoint.folder} was trained from; {start_over}"
+                for key in other
+            )
+        )
+    notes += [f"changed since the run was last started: {line}" for line in changed.values()]
+    return checkpoint, [*notes, f"continues from {checkpoint.folder}"]
+
+
+# A run with another value of these would be another run: its data, its order or its models.
+FIXED_IN_A_RUN = ("run.seed", "policy.", "prompts.", "learner.algorithm", "learner.critic.model", "learner.lora")
+
+
+def changed_settings(before: Recipe, now: Recipe) -> dict[str, str]:
+    """A line for each dotted key whose value differs. Model folders are compared as absolute paths."""
+    old, new = (dict(_leaves("", with_absolute_folders(recipe).model_dump())) for recipe in (before, now))
+    return {
+        key: f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    }
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, part in value.items():
+        yield from _leaves(f"{prefix}.{key}" if prefix else key, part)
+
+
+def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What two models must agree on to have the same weights, as JSON."""
+    volatile = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in fields.items() if key not in volatile}
 
 
 def training_template(recipe: Recipe) -> str:

@@ -14,14 +14,15 @@ GAIN = 0.1  # arXiv 1909.08593, section 2.2: K_beta
 MAX_ERROR = 0.2  # the same
 
 
-def estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
+def estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator, clip: float) -> Tensor:
     """Per-token estimate of ``KL(pi || pi_ref)`` in nats (J. Schulman, "Approximating KL divergence", 2020).
 
     ``k1``: ``d``, unbiased, of either sign; ``k2``: ``d^2 / 2``, biased; ``k3``: ``exp(-d) - 1 + d``, unbiased and
     never negative. As a loss only their gradients count, and on the policy's own samples these are in expectation:
     zero for k1, the gradient of ``KL(pi || pi_ref)`` for k2, that of ``KL(pi_ref || pi)`` for k3.
+    ``d`` is clipped to +- ``clip`` first (ours): a single token at d = -30 would have a k3 of 1e13.
     """
-    d = logprobs - reference
+    d = (logprobs - reference).clamp(-clip, clip)
     if estimator == "k1":
         return d
     if estimator == "k2":

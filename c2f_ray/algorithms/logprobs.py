@@ -64,6 +64,8 @@ def _logprobs(
     hidden: Tensor, output_layer: nn.Module, targets: Tensor, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     logprobs = log_softmax(output_layer(hidden).float(), dim=-1)
+    # Taken before the entropy: what follows the last tensor that backward needs is not computed again for it.
+    found = logprobs.gather(-1, targets[:, None]).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    return found, entropy

@@ -83,8 +83,8 @@ def even_micro_batches(lengths: Int64, max_tokens: int, count: int) -> list[Int6
 class MicroBatch:
     """B trajectories padded at the right to S tokens, and to T response tokens; R response tokens together.
 
-    Padding is zero, and nothing reads it. Without rows the tensors have one row of nothing but padding: a rank that
-    has run out of samples still meets the others in the collectives.
+    Padding is zero, and nothing reads it. Without rows the model's inputs have one row of nothing but padding: a rank
+    that has run out of samples still meets the others in the collectives.
     """
 
     rows: Int64  # [B] of the update's samples
@@ -150,7 +150,7 @@ class Samples:
             input_ids=torch.from_numpy(input_ids),
             predicts=torch.from_numpy(np.roll(is_response, -1, axis=1)),
             targets=torch.from_numpy(response.values.astype(np.int64)),
-            mask=torch.from_numpy(np.arange((end - prompt_end).max()) < end - prompt_end),
+            mask=torch.from_numpy(np.arange((end - prompt_end).max()) < end - prompt_end)[: len(rows)],
             sampler_logprobs=torch.from_numpy(self._join("sampler_logprobs", rows).values),
         )
 

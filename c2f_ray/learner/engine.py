@@ -3,6 +3,7 @@
 Import it inside a rank's process only, after its environment is set: DeepSpeed chooses its accelerator at import.
 """
 
+import math
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -115,29 +116,36 @@ class TrainedModel:
         self.engine.backward(loss * self.num_ranks)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> tuple[float, float]:
-        """(learning rate, gradient's norm before clipping); nothing is changed when the gradient is not finite."""
+        """(learning rate, gradient's norm before clipping).
+
+        A gradient that is not finite is discarded, nothing else is changed, and the norm returned is infinite.
+        """
         lr = self.optimizer.lr * lr_factor(self.optimizer, self.steps, self.total_steps)
         assert self.engine.optimizer is not None
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        norm = None
+        norm: float | None = None
         if self.own_norm:
-            norm = get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return lr, math.inf
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         assert norm is not None
-        self.steps += 1
+        self.steps += math.isfinite(norm)
         return lr, float(norm)
 
 
 def _config(dtype: torch.dtype, learner: LearnerBase, optimizer: Optimizer) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    passed_on = learner.deepspeed  # without any key that is set here: the recipe is refused otherwise
+    zero: dict[str, Any] = {**passed_on.get("zero_optimization", {}), "stage": learner.zero_stage}
     if learner.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if learner.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
     adam = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": 1e-8, "weight_decay": optimizer.weight_decay}
-    return {
+    return passed_on | {
         # As far as DeepSpeed knows there is one micro-batch; `backward` is told which one is an update's last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -146,4 +154,6 @@ def _config(dtype: torch.dtype, learner: LearnerBase, optimizer: Optimizer) -> d
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        # In bfloat16 the sum over hundreds of micro-batches would lose what each adds.
+        "data_types": {"grad_accum_dtype": "fp32"},
     }

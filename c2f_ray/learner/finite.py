@@ -1,4 +1,4 @@
-"""What is not finite is refused on all ranks together, and the samples that it came from are named."""
+"""What is not finite is found on all ranks together, and the samples that it came from are named."""
 
 import math
 from itertools import chain
@@ -12,12 +12,17 @@ from c2f_ray.errors import NonFiniteUpdateError
 NAMED_SAMPLES = 10  # how many samples an error names
 
 
-def refuse_samples(sample_ids: list[int], what: str) -> None:
-    """A collective. Every rank raises the same error, so that none waits for one that has raised."""
+def on_all_ranks(sample_ids: list[int]) -> list[int]:
+    """A collective: what any rank has found, ascending, the same on every rank."""
     everywhere: list[list[int]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(everywhere, sample_ids)
-    if any(everywhere):
-        raise NonFiniteUpdateError(f"{what} are not finite: {name(np.array(sorted(chain(*everywhere))))}")
+    return sorted(chain(*everywhere))
+
+
+def refuse_samples(sample_ids: list[int], what: str) -> None:
+    """Raises the same error on every rank, so that none waits for one that has raised."""
+    if sample_ids:
+        raise NonFiniteUpdateError(f"{what} are not finite: {name(np.array(sample_ids))}")
 
 
 def refuse_norm(norm: float, model: str, sample_ids: Int64) -> None:

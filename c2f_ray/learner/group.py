@@ -59,6 +59,14 @@ class LearnerGroup:
             found |= part
         return found
 
+    def save(self, folder: Path) -> dict[str, str]:
+        """Writes the learner's share of a checkpoint into a folder; returns the files' SHA-256 hex digests by name."""
+        return {name: digest for digests in self._all("save", folder.absolute()) for name, digest in digests.items()}
+
+    def load(self, folder: Path) -> None:
+        """Goes on from what ``save`` wrote, by however many ranks."""
+        self._all("load", folder.absolute())
+
     def export(self, folder: Path, chat_template: str) -> None:
         """Writes an ordinary Hugging Face folder, on rank 0's node; complete, or not there."""
         self._all("export", folder.absolute(), chat_template)

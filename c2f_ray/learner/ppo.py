@@ -5,20 +5,21 @@ minibatch is a choice of samples by seed, update and epoch, however many ranks s
 step train the critic only and are never seen again.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from c2f_ray.algorithms import gae, kl, ppo
+from c2f_ray.algorithms import gae, importance, kl, ppo
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.algorithms.running import Moments
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.learner.batching import MicroBatch, Samples, UpdateBatch, rank_plan
-from c2f_ray.learner.finite import refuse_norm, refuse_samples
+from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.learner.tally import Tally, rollout_metrics
 from c2f_ray.recipe.schema import PPOLearner
 
@@ -62,23 +63,39 @@ class PPO:
         self.kl_coefficient = learner.kl_coefficient
         self.rewards = Moments()
 
+    @property
+    def models(self) -> dict[str, "TrainedModel"]:
+        return {"policy": self.policy, "critic": self.critic}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the models, all JSON."""
+        return {"updates": self.updates, "kl_coefficient": self.kl_coefficient, "rewards": asdict(self.rewards)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        if self.learner.kl_target is not None:  # else the recipe's holds, which may have been changed
+            self.kl_coefficient = state["kl_coefficient"]
+        self.rewards = Moments(**state["rewards"])
+
     def update(self, samples: Samples, batch: UpdateBatch, tally: Tally) -> dict[str, float]:
         """Returns the update's metrics. ``batch`` has the rows of ``samples``."""
         learner, num_samples = self.learner, len(samples.sample_id)
-        train_policy = self.updates >= learner.critic.warmup_steps
+        update, self.updates = self.updates, self.updates + 1
+        train_policy = update >= learner.critic.warmup_steps
         evaluated = self._evaluate(samples, tally)
         experience = self._experience(samples, evaluated, self._scores(batch.reward))
         steps: list[dict[str, float]] = []
+        far = False  # a minibatch of this update has found the policy beyond kl_stop
         for epoch in range(learner.epochs):
-            order = np.random.default_rng([self.seed, self.updates, epoch]).permutation(num_samples)
+            order = np.random.default_rng([self.seed, update, epoch]).permutation(num_samples)
             for rows in np.array_split(order, min(learner.minibatches, num_samples)):
-                steps.append(self._minibatch(samples, rows, experience, train_policy, tally))
+                steps.append(self._minibatch(samples, rows, experience, train_policy and not far, tally))
+                far = far or steps[-1].get("approx_kl", 0.0) > (learner.kl_stop or math.inf)
         totals = tally.reduce()
         metrics = self._metrics(totals, samples, experience, train_policy, steps)
         metrics |= rollout_metrics(totals, samples, has_reference=self.reference is not None)
         if train_policy and learner.kl_target is not None:
             self.kl_coefficient = kl.next_coefficient(self.kl_coefficient, metrics["kl/sequence"], learner.kl_target)
-        self.updates += 1
         return metrics
 
     def _scores(self, rewards: Float32) -> Tensor:
@@ -101,7 +118,8 @@ class PPO:
                 reference = logprobs if self.reference is None else self.reference(*micro.inputs, num_chunks)[0]
                 values = self.critic.engine(micro.input_ids, micro.predicts)
                 found[:, samples.tokens_of(rows).to(tally.device)] = torch.stack([logprobs, reference, values])
-                tally.rollout(micro, logprobs, entropy, logprobs - reference)
+                weights = importance.weights(logprobs, micro.sampler_logprobs, self.learner.importance_clip)
+                tally.rollout(micro, logprobs, entropy, logprobs - reference, weights)
             distributed.all_reduce(found)
         return found
 
@@ -114,16 +132,16 @@ class PPO:
         def pad(tokens: Tensor) -> Tensor:
             return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
 
-        finite = pad(evaluated.sum(0)).isfinite().all(-1).cpu().numpy()
-        refuse_samples(
-            samples.sample_id[~finite].tolist() if self.rank == 0 else [],
-            "the logprobs of the policy or of its reference, or the critic's values,",
-        )
         penalty = torch.zeros_like(logprobs)
         if learner.kl_in == "reward":
-            penalty = self.kl_coefficient * kl.estimate(logprobs, reference, learner.kl_estimator)
+            estimate = kl.estimate(logprobs, reference, learner.kl_estimator, learner.log_ratio_clip)
+            penalty = self.kl_coefficient * estimate
         rewards = ppo.token_rewards(scores.to(values.device), pad(penalty), mask)
-        advantages = gae.advantages(rewards, pad(values), mask, learner.gamma, learner.gae_lambda)[mask]
+        by_sample = gae.advantages(rewards, pad(values), mask, learner.gamma, learner.gae_lambda)
+        finite = (by_sample + pad(logprobs + reference)).isfinite().all(-1).cpu().numpy()
+        what = "the logprobs of the policy or of its reference, the critic's values, or the advantages made of them"
+        refuse_samples(samples.sample_id[~finite].tolist(), what)  # the same on every rank
+        advantages = by_sample[mask]
         return Experience(
             logprobs=logprobs,
             reference=reference,
@@ -135,33 +153,47 @@ class PPO:
     def _minibatch(
         self, samples: Samples, rows: Int64, experience: Experience, train_policy: bool, tally: Tally
     ) -> dict[str, float]:
-        """One step of each optimizer that learns. Returns their learning rates and gradient norms."""
+        """One step of each optimizer that learns. Returns what ``_metrics`` needs of it.
+
+        A model whose gradient is not finite takes no step; then the error is raised, and ends the update.
+        """
         num_tokens = int(samples.response_tokens[rows].sum())
         micro_batches = rank_plan(samples, rows, self.rank, self.learner)
         bad: list[int] = []
+        approx_kl = torch.zeros((), device=tally.device)
         for i, (part, num_chunks) in enumerate(micro_batches):
             micro = samples.micro_batch(part).to(tally.device)
             tokens = experience.select(samples.tokens_of(part).to(tally.device))
             last = i == len(micro_batches) - 1
+            losses: list[tuple[TrainedModel, Tensor]] = []
             with tally.seconds("time/critic_forward_backward_s"):
-                loss = self._value_loss(micro, tokens, tally)
-                self.critic.backward(loss.sum() / num_tokens, last=last)
+                losses.append((self.critic, self._value_loss(micro, tokens, tally)))
             if train_policy:
                 with tally.seconds("time/learner_forward_backward_s"):
-                    policy_loss = self._policy_loss(micro, num_chunks, tokens, tally)
-                    self.policy.backward(policy_loss.sum() / num_tokens, last=last)
-                loss = loss + policy_loss
-            finite = micro.unflatten(loss.detach()).isfinite().all(-1)
-            bad += samples.sample_id[part[~finite.cpu().numpy()]].tolist()
-        refuse_samples(bad, "the losses of the policy or of the critic")
+                    loss, kl_sum = self._policy_loss(micro, num_chunks, tokens, tally)
+                    losses.append((self.policy, loss))
+                    approx_kl += kl_sum
+            for _, loss in losses:
+                finite = micro.unflatten(loss.detach()).isfinite().all(-1)
+                bad += samples.sample_id[part[~finite.cpu().numpy()]].tolist()
+            if last:
+                bad = on_all_ranks(bad)
+            for model, loss in losses:
+                of = "critic" if model is self.critic else "learner"
+                with tally.seconds(f"time/{of}_forward_backward_s"):
+                    # Times NaN DeepSpeed discards the whole gradient.
+                    model.backward(loss.sum() / num_tokens * (torch.nan if bad and last else 1.0), last=last)
         with tally.seconds("time/learner_step_s"):
-            critic_lr, critic_norm = self.critic.step()
-            refuse_norm(critic_norm, "critic", samples.sample_id[rows])
-            taken = {"critic/lr": critic_lr, "critic/grad_norm": critic_norm}
-            if train_policy:
-                lr, norm = self.policy.step()
-                refuse_norm(norm, "policy", samples.sample_id[rows])
-                taken |= {"learner/lr": lr, "learner/grad_norm": norm}
+            steps = {model: model.step() for model in (self.critic, *([self.policy] if train_policy else []))}
+        refuse_samples(bad, "the losses of the policy or of the critic")
+        for model, (_, norm) in steps.items():
+            refuse_norm(norm, "critic" if model is self.critic else "policy", samples.sample_id[rows])
+        taken = dict(zip(("critic/lr", "critic/grad_norm"), steps[self.critic], strict=True))
+        if train_policy:
+            taken |= dict(zip(("learner/lr", "learner/grad_norm"), steps[self.policy], strict=True))
+            if self.learner.kl_stop is not None:
+                distributed.all_reduce(approx_kl)
+            taken |= {"tokens": num_tokens, "approx_kl": float(approx_kl) / num_tokens}
         return taken
 
     def _value_loss(self, micro: MicroBatch, tokens: Experience, tally: Tally) -> Tensor:
@@ -171,8 +203,12 @@ class PPO:
         tally.add(value_loss=loss.detach(), value_clipped=clipped)
         return loss
 
-    def _policy_loss(self, micro: MicroBatch, num_chunks: int, tokens: Experience, tally: Tally) -> Tensor:
-        """[R], of each token, with the entropy bonus and the KL where the recipe has them in the loss."""
+    def _policy_loss(
+        self, micro: MicroBatch, num_chunks: int, tokens: Experience, tally: Tally
+    ) -> tuple[Tensor, Tensor]:
+        """[R], of each token, with the entropy bonus and the KL where the recipe has them in the loss; and the sum of
+        the tokens' distances from the policy at rollout, in nats.
+        """
         learner = self.learner
         logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks)
         clips = learner.clip_ratio, learner.dual_clip, learner.log_ratio_clip
@@ -184,11 +220,14 @@ class PPO:
             approx_kl=found.approx_kl,
         )
         loss = found.loss
+        if learner.importance_clip is not None:
+            loss = loss * importance.weights(tokens.logprobs, micro.sampler_logprobs, learner.importance_clip)
         if learner.entropy_coefficient > 0:
             loss = loss - learner.entropy_coefficient * entropy
         if learner.kl_in == "loss":
-            loss = loss + self.kl_coefficient * kl.estimate(logprobs, tokens.reference, learner.kl_estimator)
-        return loss
+            estimate = kl.estimate(logprobs, tokens.reference, learner.kl_estimator, learner.log_ratio_clip)
+            loss = loss + self.kl_coefficient * estimate
+        return loss, found.approx_kl.sum()
 
     def _metrics(
         self,
@@ -198,7 +237,10 @@ class PPO:
         train_policy: bool,
         steps: list[dict[str, float]],
     ) -> dict[str, float]:
-        """Losses and shares are means over the tokens of all epochs, norms over the optimizer's steps."""
+        """Losses and shares are means over the tokens of all epochs, norms over the optimizer's steps.
+
+        The policy's loss is the clipped surrogate, without entropy bonus and KL.
+        """
         tokens = float(samples.response_tokens.sum()) * self.learner.epochs
         metrics = {
             "critic/loss": totals["value_loss"] / tokens,
@@ -211,12 +253,15 @@ class PPO:
             "kl/coefficient": self.kl_coefficient,
         }
         if train_policy:
+            taken = [step for step in steps if "tokens" in step]  # before kl_stop
+            tokens = sum(step["tokens"] for step in taken)
             metrics |= {
                 "learner/loss": totals["policy_loss"] / tokens,
                 "learner/clip_fraction": totals["clipped"] / tokens,
                 "learner/dual_clip_fraction": totals["dual_clipped"] / tokens,
                 "learner/approx_kl": totals["approx_kl"] / tokens,
-                "learner/lr": steps[-1]["learner/lr"],
-                "learner/grad_norm": fmean(step["learner/grad_norm"] for step in steps),
+                "learner/steps": len(taken),
+                "learner/lr": taken[-1]["learner/lr"],
+                "learner/grad_norm": fmean(step["learner/grad_norm"] for step in taken),
             }
         return metrics

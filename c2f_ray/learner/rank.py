@@ -4,6 +4,7 @@ Invariants: which samples share a micro-batch depends on sample ids and lengths 
 of micro-batches; an update that is not finite raises on every rank and names its samples.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import GenerationConfig
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
+from c2f_ray.checkpoints import sha256, sync
 from c2f_ray.data.model_folder import copy_tokenizer
 from c2f_ray.data.trajectory import Float32
 from c2f_ray.errors import NonFiniteUpdateError
@@ -130,6 +133,46 @@ class LearnerRank:
             parts = np.split(values.cpu().numpy(), np.cumsum(samples.response_tokens[rows])[:-1])
             found |= {int(samples.sample_id[row]): part for row, part in zip(rows, parts, strict=False)}
         return found
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Writes this rank's share of a checkpoint. Returns the SHA-256 hex digests of its files by name."""
+        from c2f_ray.learner.checkpoint import save_model, steps_of_adam
+
+        files: list[Path] = []
+        for prefix, model in self.algorithm.models.items():
+            files += save_model(model, folder, prefix, self.rank)
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        files.append(folder / f"rng-rank{self.rank:05d}.safetensors")
+        save_file(states, files[-1])
+        if self.rank == 0:
+            counts = {
+                prefix: {"steps": model.steps, "adam_steps": steps_of_adam(model)}
+                for prefix, model in self.algorithm.models.items()
+            }
+            files.append(folder / "learner.json")
+            files[-1].write_text(json.dumps({"models": counts, "algorithm": self.algorithm.state()}, indent=1))
+        for path in files:
+            sync(path)
+        return {path.name: sha256(path) for path in files}
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint, which any number of ranks may have written. Raises CheckpointError."""
+        from c2f_ray.learner.checkpoint import load_model
+
+        saved = json.loads((folder / "learner.json").read_text())
+        for prefix, model in self.algorithm.models.items():
+            counts = saved["models"][prefix]
+            load_model(model, folder, prefix, counts["adam_steps"])
+            model.steps = counts["steps"]
+        self.algorithm.restore(saved["algorithm"])
+        rng = folder / f"rng-rank{self.rank:05d}.safetensors"
+        if rng.exists():  # a rank that was not there keeps its seed's
+            states = load_file(rng)
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and self.device.type == "cuda":
+                torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def export(self, folder: Path, chat_template: str) -> None:
         """Writes the policy as an ordinary Hugging Face folder, aside first; what was at ``folder`` is replaced.

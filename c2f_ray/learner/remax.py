@@ -1,15 +1,15 @@
 """ReMax's update: one optimizer step on one step's rollouts, from a single pass over them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from c2f_ray.algorithms import remax
+from c2f_ray.algorithms import importance, remax
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.learner.batching import MicroBatch, Samples, UpdateBatch, rank_plan
-from c2f_ray.learner.finite import refuse_norm, refuse_samples
+from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.learner.tally import Tally, rollout_metrics
 from c2f_ray.recipe.schema import ReMaxLearner
 
@@ -28,6 +28,17 @@ class ReMax:
         self.policy = policy
         self.reference = reference
 
+    @property
+    def models(self) -> dict[str, "TrainedModel"]:
+        return {"policy": self.policy}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the models: nothing here."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
     def update(self, samples: Samples, batch: UpdateBatch, tally: Tally) -> dict[str, float]:
         """Returns the update's metrics. ``batch`` has the rows of ``samples``."""
         assert batch.baseline is not None  # the driver asks for greedy rollouts
@@ -39,12 +50,15 @@ class ReMax:
         for i, (rows, num_chunks) in enumerate(micro_batches):
             micro = samples.micro_batch(rows).to(tally.device)
             loss, finite = self._loss(micro, num_chunks, advantages[rows].to(tally.device), num_tokens, tally)
-            with tally.seconds("time/learner_forward_backward_s"):
-                self.policy.backward(loss, last=i == len(micro_batches) - 1)
             bad += samples.sample_id[rows[~finite.cpu().numpy()]].tolist()
-        refuse_samples(bad, "the logprobs of the policy or of its reference")
+            last = i == len(micro_batches) - 1
+            if last and (bad := on_all_ranks(bad)):
+                loss = loss * torch.nan  # then DeepSpeed discards the whole gradient
+            with tally.seconds("time/learner_forward_backward_s"):
+                self.policy.backward(loss, last=last)
         with tally.seconds("time/learner_step_s"):
             lr, grad_norm = self.policy.step()
+        refuse_samples(bad, "the logprobs of the policy or of its reference")
         refuse_norm(grad_norm, "policy", samples.sample_id)
         totals = tally.reduce()
         return {
@@ -60,7 +74,7 @@ class ReMax:
         """This micro-batch's part of the update's loss, a scalar, and which of its rows are finite, bool [B].
 
         The returns' KL term uses the logprobs of the same forward: there is one update per rollout, so the weights
-        are the rollout's. The sampler's own logprobs are compared, never used.
+        are the rollout's. The sampler's own logprobs count in the importance weights only.
         """
         learner = self.learner
         with tally.seconds("time/learner_reference_s"), torch.no_grad():
@@ -72,7 +86,9 @@ class ReMax:
         returns = remax.returns(
             advantages, micro.unflatten(kl), micro.mask, learner.kl_penalty, learner.kl_coefficient, learner.gamma
         )
-        loss = remax.loss(returns, micro.unflatten(logprobs), micro.mask, num_tokens)
+        weights = importance.weights(at_rollout, micro.sampler_logprobs, learner.importance_clip)
+        weighted = returns if learner.importance_clip is None else returns * micro.unflatten(weights)
+        loss = remax.loss(weighted, micro.unflatten(logprobs), micro.mask, num_tokens)
         tally.add(loss=loss.detach(), returns=returns)
-        tally.rollout(micro, at_rollout, entropy, kl)
+        tally.rollout(micro, at_rollout, entropy, kl, weights)
         return loss, (returns * micro.unflatten(at_rollout)).isfinite().all(-1)

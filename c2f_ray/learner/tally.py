@@ -30,11 +30,13 @@ class Tally:
         before = self._maxima.get(name, torch.zeros((), dtype=torch.float64, device=self.device))
         self._maxima[name] = torch.cat([values.flatten().double(), before.view(1)]).max()
 
-    def rollout(self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, kl: Tensor) -> None:
+    def rollout(self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, kl: Tensor, weights: Tensor) -> None:
         """What ``rollout_metrics`` needs of each micro-batch, once in an update, at rollout weights; [R] each."""
         gap = (logprobs - micro.sampler_logprobs).abs()
         self.add(kl=kl, entropy=entropy, gap=gap, padded=micro.input_ids.numel())
+        self.add(weights=weights, squared_weights=weights.double().square())
         self.peak("gap_max", gap)
+        self.peak("weights_max", weights)
 
     @contextmanager
     def seconds(self, name: str) -> Iterator[None]:
@@ -68,6 +70,9 @@ def rollout_metrics(totals: dict[str, float], samples: Samples, *, has_reference
         "learner/padding_waste": 1.0 - float(samples.lengths.sum()) / totals["padded"],  # of the tokens computed
         "logprob_gap/mean": totals["gap"] / tokens,  # |learner - sampler|
         "logprob_gap/max": totals["gap_max"],
+        "importance/mean": totals["weights"] / tokens,  # of the tokens' weights, truncated where the recipe says so
+        "importance/max": totals["weights_max"],
+        "importance/effective": totals["weights"] ** 2 / (tokens * totals["squared_weights"]),  # share of the sample
     }
     if has_reference:
         metrics["kl/sequence"] = totals["kl"] / responses  # nats, summed over a response's tokens

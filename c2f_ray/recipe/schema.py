@@ -4,7 +4,7 @@ Nothing here imports torch, so a recipe can be checked on any machine in well un
 Where no paper is named for a default, the default is ours.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -106,7 +106,7 @@ Length = Annotated[FixedLength | LinearLength | LogisticLength, Field(discrimina
 class Rollout(Section):
     actors: Count = 1  # one vLLM engine each
     gpus_per_actor: Annotated[int, Field(ge=0)] = 1  # tensor parallelism; 0 runs the engine on the CPU
-    temperature: Positive = 1.0
+    temperature: Positive = 1.0  # logprobs, and with them the losses, are those of temperature 1 all the same
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     samples_per_prompt: Count = 1
     shard_samples: Count = 32  # trajectories handed over together
@@ -169,7 +169,9 @@ class LearnerBase(Section):
     gradient_checkpointing: bool = False
     tokens_per_microbatch: Count = 16384  # longest sequence times sequences, padding included
     optimizer: Optimizer
-    timeout_s: Positive = 3600  # of one update, weight transfer or export
+    max_bad_updates: Count = 3  # stop the run after so many updates in a row that were not finite
+    deepspeed: dict[str, Any] = {}  # the rest of DeepSpeed's own configuration, passed on as it is
+    timeout_s: Positive = 3600  # of one update, weight transfer, checkpoint or export
 
     @model_validator(mode="after")
     def _stage_allows_offload(self) -> "LearnerBase":
@@ -177,6 +179,34 @@ class LearnerBase(Section):
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} or more, not {self.zero_stage}")
         return self
+
+    @model_validator(mode="after")
+    def _deepspeed_has_the_rest_only(self) -> "LearnerBase":
+        zero = self.deepspeed.get("zero_optimization", {})
+        given = [*self.deepspeed, *(f"zero_optimization.{key}" for key in (zero if isinstance(zero, dict) else ()))]
+        for key in given:
+            if key in DEEPSPEED_KEYS:
+                raise ValueError(f"deepspeed: {key} is what {DEEPSPEED_KEYS[key]} decides; set that instead")
+        return self
+
+
+# DeepSpeed's keys that a recipe has fields of its own for.
+DEEPSPEED_KEYS = {
+    "train_batch_size": "prompts.per_step",
+    "train_micro_batch_size_per_gpu": "learner.tokens_per_microbatch",
+    "gradient_accumulation_steps": "learner.tokens_per_microbatch",
+    "gradient_clipping": "learner.optimizer.max_grad_norm",
+    "optimizer": "learner.optimizer",
+    "scheduler": "learner.optimizer.schedule",
+    "bf16": "policy.dtype",
+    "data_types": "policy.dtype",
+    "fp16": "policy.dtype",
+    "zero_force_ds_cpu_optimizer": "learner.offload",
+    "zero_optimization.stage": "learner.zero_stage",
+    "zero_optimization.offload_optimizer": "learner.offload",
+    "zero_optimization.offload_param": "learner.offload",
+    "activation_checkpointing": "learner.gradient_checkpointing",
+}
 
 
 class ReMaxLearner(LearnerBase):
@@ -186,6 +216,7 @@ class ReMaxLearner(LearnerBase):
     kl_penalty: Literal["full_step", "one_step"] = "full_step"  # the model card's; the 2023 repository's
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.1
     reward_clip: Positive = 1.0  # of the reward minus the greedy rollout's
+    importance_clip: Annotated[float, Field(ge=1)] | None = None  # of each token's policy/sampler ratio; null: none
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0  # only `one_step` discounts
 
     @model_validator(mode="after")
@@ -212,7 +243,7 @@ class PPOLearner(LearnerBase):
     minibatches: Count = 4  # optimizer steps in one pass; they divide a step's samples evenly
     clip_ratio: Positive = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None  # arXiv 1912.09729: bounds the ratio of bad tokens; say 3
-    log_ratio_clip: Positive = 20.0  # log ratios are clipped to +- this before the ratio is taken
+    log_ratio_clip: Positive = 20.0  # log ratios, to the rollout's policy and to the reference, are clipped to +- this
     value_clip: Positive | None = 0.2  # how far from the rollout's value a value still learns; null for any
     entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -223,7 +254,9 @@ class PPOLearner(LearnerBase):
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.05  # 0 drops the reference
     kl_target: Positive | None = None  # nats per response that the coefficient adapts to; null keeps it as it is
     normalise_reward: bool = False  # by the mean and standard deviation of all rewards so far, before the clip
+    kl_stop: Positive | None = None  # nats per token from the rollout's policy: a minibatch beyond it is the last
     reward_clip: Positive = 5.0  # of the reward itself, before the KL penalty joins it
+    importance_clip: Annotated[float, Field(ge=1)] | None = None  # of each token's policy/sampler ratio; null: none
 
     @model_validator(mode="after")
     def _kl_is_used(self) -> "PPOLearner":
@@ -247,6 +280,12 @@ class RejectionSamplingLearner(LearnerBase):
 
 
 Learner = Annotated[ReMaxLearner | PPOLearner | RejectionSamplingLearner, Field(discriminator="algorithm")]
+
+
+class Checkpoints(Section):
+    every_steps: Count = 10  # beside the one after the last step
+    keep_last: Count = 2
+    keep_best: Annotated[int, Field(ge=0)] = 0  # beside the last ones, by their step's mean reward
 
 
 class Weights(Section):
@@ -283,6 +322,7 @@ class Recipe(Section):
     reward: Reward
     learner: Learner
     weights: Weights = Weights()
+    checkpoints: Checkpoints = Checkpoints()
     merge: Merge | None = None
     evaluate: Evaluate | None = None
 
@@ -296,6 +336,11 @@ class Recipe(Section):
         if self.rollout.gpus_per_actor > 0 and self.rollout.memory > 1:
             raise ValueError(
                 f"rollout.memory: on a GPU it is a share of its memory, at most 1; not {self.rollout.memory}"
+            )
+        if self.policy.dtype == "bfloat16" and self.learner.zero_stage == 0:
+            raise ValueError(
+                "learner.zero_stage: 0 with policy.dtype bfloat16 is not offered: DeepSpeed's optimizer for it counts "
+                "one step too many; use 1, which on one rank is the same"
             )
         starts_from_reward = isinstance(self.learner, PPOLearner) and self.learner.critic.model == "reward"
         if starts_from_reward and not isinstance(self.reward, UltraRMReward):

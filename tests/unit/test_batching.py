@@ -125,7 +125,7 @@ def test_an_empty_micro_batch_is_one_row_of_padding():
     assert micro.input_ids.tolist() == [[0]]
     assert micro.predicts.tolist() == [[False]]
     assert micro.targets.tolist() == []
-    assert micro.unflatten(micro.sampler_logprobs).tolist() == [[]]
+    assert micro.unflatten(micro.sampler_logprobs).tolist() == []
 
 
 def test_arrival_order_leaves_no_trace():

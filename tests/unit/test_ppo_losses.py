@@ -24,6 +24,14 @@ def column(i: int) -> torch.Tensor:
     return torch.tensor([row[i] for row in TABLE], dtype=torch.float64)
 
 
+def test_a_token_that_the_reference_rules_out_does_not_take_over():
+    """At d = -30 k3 would be e^30 - 31 = 1e13; clipped at 5 it is e^5 - 6, and has no gradient."""
+    logprobs = torch.tensor([-40.0], requires_grad=True)
+    found = kl.estimate(logprobs, torch.tensor([-10.0]), "k3", 5.0)
+    assert float(found) == pytest.approx(math.exp(5) - 6)
+    assert torch.autograd.grad(found.sum(), logprobs)[0].item() == 0.0
+
+
 def test_policy_loss_by_hand():
     old = torch.tensor([-1.0, -2.0, -3.0, -0.5, -4.0], dtype=torch.float64)
     logprobs = (old + column(0).log()).requires_grad_()
@@ -78,9 +86,9 @@ def test_kl_estimators_by_hand():
     # pi / pi_ref = 2 and 1/4: d = log 2 and -2 log 2
     logprobs, reference = torch.tensor([[0.5, 0.1], [0.25, 0.4]], dtype=torch.float64).log()
     log2 = math.log(2)
-    assert kl.estimate(logprobs, reference, "k1").tolist() == pytest.approx([log2, -2 * log2])
-    assert kl.estimate(logprobs, reference, "k2").tolist() == pytest.approx([log2**2 / 2, 2 * log2**2])
-    assert kl.estimate(logprobs, reference, "k3").tolist() == pytest.approx([0.5 - 1 + log2, 4 - 1 - 2 * log2])
+    assert kl.estimate(logprobs, reference, "k1", 20.0).tolist() == pytest.approx([log2, -2 * log2])
+    assert kl.estimate(logprobs, reference, "k2", 20.0).tolist() == pytest.approx([log2**2 / 2, 2 * log2**2])
+    assert kl.estimate(logprobs, reference, "k3", 20.0).tolist() == pytest.approx([0.5 - 1 + log2, 4 - 1 - 2 * log2])
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", "zero"), ("k2", "reverse"), ("k3", "forward")])
@@ -91,7 +99,7 @@ def test_what_each_estimators_gradient_is_in_expectation(estimator, expected):
     reference = torch.randn(6, dtype=torch.float64).log_softmax(-1)
     logprobs = logits.log_softmax(-1)
     p = logprobs.detach().exp()
-    (found,) = torch.autograd.grad((p * kl.estimate(logprobs, reference, estimator)).sum(), logits)
+    (found,) = torch.autograd.grad((p * kl.estimate(logprobs, reference, estimator, 20.0)).sum(), logits)
     logprobs = logits.log_softmax(-1)
     true = {
         "zero": 0.0 * logprobs.sum(),
@@ -146,6 +154,6 @@ def test_gradients_against_finite_differences():
     def total(x: torch.Tensor) -> torch.Tensor:
         policy = ppo.policy_loss(x[0], old, advantages, 0.2, 3.0, 1.5).loss
         value, _ = ppo.value_loss(x[1], old_values, returns, 0.5)
-        return (policy + 0.3 * kl.estimate(x[0], reference, "k3") + value).sum()
+        return (policy + 0.3 * kl.estimate(x[0], reference, "k3", 20.0) + value).sum()
 
     assert torch.autograd.gradcheck(total, x.requires_grad_(), eps=1e-6, atol=1e-6)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from c2f_ray.algorithms.length import LengthState
+from c2f_ray.checkpoints import RunState, write_checkpoint
 from c2f_ray.errors import NotBuiltError, RecipeError
 from c2f_ray.preflight import Needs, check_resources, check_train
-from c2f_ray.recipe import load_recipe
+from c2f_ray.recipe import dump_recipe, load_recipe
 from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -96,11 +98,65 @@ def test_a_base_model_needs_a_template(folder: Path):
     assert problem.startswith("policy.chat_template: the tokenizer of .cache/tiny/base has no chat template")
 
 
-def test_a_run_is_not_overwritten(folder: Path):
-    Path("runs/tiny").mkdir(parents=True)
-    Path("runs/tiny/recipe.yaml").write_text("run: {}\n")
-    assert problems() == ("run.name: runs/tiny holds a run already; choose another name, or start over with --fresh",)
-    check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=True)
+@pytest.fixture
+def begun(folder: Path) -> Path:
+    """The folder of configs/tiny.yaml's run, with a checkpoint after step 3."""
+    recipe = load_recipe(CONFIGS / "tiny.yaml")
+    run = Path("runs/tiny")
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    architecture = check_train(recipe, fresh=True).policy_config
+    write_checkpoint(run, RunState(3, 192, 3, LengthState(20.5)), architecture, lambda folder: {})
+    return run
+
+
+def test_a_run_goes_on_from_its_checkpoint(begun: Path):
+    checked = check_train(
+        load_recipe(CONFIGS / "tiny.yaml", "learner.optimizer.lr=1e-4", "learner.ranks=1"), fresh=False
+    )
+    assert checked.resume is not None
+    assert (checked.resume.state.step, checked.resume.state.position) == (3, 192)
+    assert checked.notes == [
+        "changed since the run was last started: learner.ranks: 2 before, 1 now",
+        "changed since the run was last started: learner.optimizer.lr: 0.0005 before, 0.0001 now",
+        "continues from runs/tiny/checkpoints/step_000003",
+    ]
+    fresh = check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=True)
+    assert (fresh.resume, fresh.notes) == (None, [])
+
+
+def test_a_run_without_a_checkpoint_starts_from_its_first_step(begun: Path):
+    folder = begun / "checkpoints" / "step_000003"
+    folder.rename(folder.with_name("step_000003.partial"))
+    checked = check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=False)
+    assert checked.resume is None
+    assert checked.notes == [
+        "runs/tiny/checkpoints/step_000003.partial: was not finished",
+        "runs/tiny has no checkpoint yet: the run starts from its first step",
+    ]
+    (begun / "coarse").mkdir()
+    assert "holds a finished run without checkpoints; choose another run.name, or start over" in problems()[0]
+
+
+def test_what_a_run_cannot_change(begun: Path, folder: Path):
+    assert problems("prompts.per_step=32", "run.seed=2") == (
+        "run.seed: 1 before, 2 now: the run at runs/tiny cannot change it any more; "
+        "choose another run.name, or start over with --fresh",
+        "prompts.per_step: 64 before, 32 now: the run at runs/tiny cannot change it any more; "
+        "choose another run.name, or start over with --fresh",
+    )
+    config = json.loads((folder / "base" / "config.json").read_text()) | {"hidden_size": 128}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    *_, problem = problems()  # after another field that transformers derives from it
+    assert problem.startswith("policy.model: hidden_size is 128, and 4096 in the model that runs/tiny/checkpoints/step")
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_started_over(begun: Path):
+    (begun / "checkpoints" / "step_000003" / "state.json").write_text("{}")
+    assert problems() == (
+        "run.name: runs/tiny/checkpoints/step_000003: state.json does not match its checksum",
+        "run.name: runs/tiny has no checkpoint that can be used; choose another run.name, or start over with --fresh",
+    )
 
 
 def test_fresh_removes_nothing_but_a_run(folder: Path):

@@ -1,0 +1,124 @@
+"""A run's checkpoints: each complete or not there, verified before use, older ones removed only after a newer one.
+
+``checkpoints/step_000012/`` holds the learner's files, ``state.json``, and ``manifest.json`` with every file's SHA-256.
+It is written as ``step_000012.partial`` and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from c2f_ray.algorithms.length import LengthState
+
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+@dataclass
+class RunState:
+    """All that the next step depends on, beside what the learner keeps."""
+
+    step: int  # steps done
+    position: int  # prompts drawn since the start
+    weight_version: int
+    length: LengthState
+    bad_updates: int = 0  # in a row, up to now
+    mean_reward: float = 0.0  # of the last step
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    state: RunState
+    policy: dict[str, Any]  # configuration of the policy's architecture
+
+
+def write_checkpoint(
+    run: Path, state: RunState, policy: dict[str, Any], write: Callable[[Path], dict[str, str]]
+) -> Path:
+    """Adds a checkpoint to the run's folder; returns its folder.
+
+    ``write`` puts the learner's files into a folder and returns their SHA-256 hex digests by file name.
+    """
+    folder = run / "checkpoints" / f"step_{state.step:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    digests = write(partial)
+    _write(partial / STATE, {"run": asdict(state), "policy": policy})
+    _write(partial / MANIFEST, {"files": digests | {STATE: sha256(partial / STATE)}})
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was continued from an earlier step
+    commit(partial, folder)
+    return folder
+
+
+def commit(partial: Path, folder: Path) -> None:
+    """From here on the checkpoint is there."""
+    sync(partial)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each newer one that is not."""
+    passed_over = [f"{folder}: was not finished" for folder in sorted(run.glob("checkpoints/step_*.partial"))]
+    for folder in reversed(_complete(run)):
+        if problem := _problem(folder):
+            passed_over.append(f"{folder}: {problem}")
+            continue
+        saved = json.loads((folder / STATE).read_text())
+        state = saved["run"] | {"length": LengthState(**saved["run"]["length"])}
+        return Checkpoint(folder, RunState(**state), saved["policy"]), passed_over
+    return None, passed_over
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> None:
+    """Removes all but the last ones and, among the others, those with the highest mean reward."""
+    for partial in run.glob("checkpoints/*.partial"):
+        shutil.rmtree(partial)
+    older = _complete(run)[:-keep_last]
+    rewards = {folder: json.loads((folder / STATE).read_text())["run"]["mean_reward"] for folder in older}
+    for folder in sorted(older, key=lambda folder: rewards[folder])[: len(older) - keep_best]:
+        # Renamed first, so that a checkpoint which is there is there whole.
+        partial = folder.with_name(folder.name + ".partial")
+        folder.rename(partial)
+        shutil.rmtree(partial)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _complete(run: Path) -> list[Path]:
+    return sorted(folder for folder in run.glob("checkpoints/step_*") if folder.suffix != ".partial")
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if missing := [name for name in digests if not (folder / name).is_file()]:
+        return f"{missing[0]} is missing"
+    with ThreadPoolExecutor() as threads:
+        found = dict(zip(digests, threads.map(lambda name: sha256(folder / name), digests), strict=True))
+    wrong = [name for name, digest in digests.items() if found[name] != digest]
+    return f"{wrong[0]} does not match its checksum" if wrong else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1))
+    sync(path)
