@@ -43,10 +43,10 @@ def commit(partial, folder):
 
 def kill():
     this = psutil.Process()
-    processes = [*this.children(recursive=True), this]
+    processes = this.children(recursive=True)
     for process in processes:
         process.send_signal(signal.SIGSTOP)  # none may act on the death of another
-    for process in processes:
+    for process in [*processes, this]:
         process.send_signal(signal.SIGKILL)
 
 checkpoints.commit = commit
