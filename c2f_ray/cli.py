@@ -62,13 +62,19 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")],
+    beside: Annotated[list[Path] | None, typer.Argument(metavar="[OTHER ...]", help="Runs to show beside it.")] = None,
+) -> None:
     """Write the run's report.html."""
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError(f"{run}: not a run's folder: it has no recipe.yaml")
+    for folder in (run, *(beside or [])):
+        if not (folder / "recipe.yaml").is_file():
+            raise RecipeError(f"{folder}: not a run's folder: it has no recipe.yaml")
+        if folder != run and not (folder / "metrics.jsonl").is_file():
+            raise RecipeError(f"{folder}: has no metrics.jsonl yet, so there is nothing to show of it")
     from c2f_ray.watch.report import write_report
 
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(run, beside or [])}")
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:

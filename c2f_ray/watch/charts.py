@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -20,6 +20,12 @@ SERIES = ["#00ff02", "#00ff03", "#00ff04", "#00ff05", "#00ff06"]
 CSS_COLOURS = {INK: "var(--ink)"} | {colour: f"var(--series-{i + 1})" for i, colour in enumerate(SERIES)}
 STAGES = ("rollout", "reward", "learner", "weights", "other")
 Series = tuple[str, str, dict[str, Any]]  # metric, label, line style
+COMPARED = [
+    ("reward/mean", "Sampled reward of each run"),
+    ("length/mean", "Mean response length of each run (tokens)"),
+    ("kl/sequence", "KL of each run (nats per response)"),
+    ("time/learner_s", "Time of each run's updates (s)"),
+]
 MAX_BARS = 80  # more steps than this share a bar
 STYLE = {
     "svg.fonttype": "none",
@@ -54,10 +60,27 @@ def charts(lines: Sequence[MetricsLine]) -> dict[str, str]:
             ("Reward", _reward),
             ("Response length (tokens)", _length),
             ("KL to the reference policy", _kl),
+            ("Critic", _critic),
             ("Time per step (s)", _time),
         ]:
             figure = draw(lines)
             if figure is not None:
+                drawn[title] = _svg(figure, title)
+    return drawn
+
+
+def compare(runs: Mapping[str, Sequence[MetricsLine]]) -> dict[str, str]:
+    """Title and SVG of each chart that has one line for each of several runs, by name."""
+    drawn: dict[str, str] = {}
+    with mpl.rc_context(STYLE):
+        for key, title in COMPARED:
+            figure, (axes,) = _figure()
+            found = False
+            for i, (name, lines) in enumerate(runs.items()):
+                style = {"color": SERIES[i % len(SERIES)], "linestyle": "-" if i < len(SERIES) else "--"}
+                found |= _draw(axes, lines, [(key, name, style)])
+            if found:
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handlelength=1.4)
                 drawn[title] = _svg(figure, title)
     return drawn
 
@@ -121,6 +144,15 @@ def _kl(lines: Sequence[MetricsLine]) -> Figure | None:
     figure, (axes,) = _figure()
     axes.set_ylabel("nats per response")
     return figure if _draw(axes, lines, [("kl/sequence", "KL", {"color": SERIES[0]})]) else None
+
+
+def _critic(lines: Sequence[MetricsLine]) -> Figure | None:
+    figure, (axes, below) = _figure(rows=2, height=3.2)
+    axes.set_ylabel("loss")
+    found = _draw(axes, lines, [("critic/loss", "loss", {"color": SERIES[0]})])
+    _draw(below, lines, [("critic/explained_variance", "explained variance", {"color": SERIES[1]})])
+    below.set_ylabel("explained")
+    return figure if found else None
 
 
 def _time(lines: Sequence[MetricsLine]) -> Figure | None:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from c2f_ray.watch.charts import charts, column
+from c2f_ray.watch.charts import charts, column, compare
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
 from c2f_ray.watch.progress import duration
 
@@ -36,8 +36,11 @@ ROW_FACTS |= {"prompt", "response", "response_tokens"}
 Row = dict[str, Any]  # of a Parquet file
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write ``report.html`` into a run's folder, from the files that are there, and return its path."""
+def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
+    """Write ``report.html`` into a run's folder, from the files that are there, and return its path.
+
+    The runs in the folders ``beside`` are drawn into charts together with this one.
+    """
     sections: dict[str, Any] = {}
     missing: list[str] = []
 
@@ -52,6 +55,9 @@ def write_report(run_folder: Path) -> Path:
     evaluation = json.loads(evaluation_path.read_text()) if evaluation_path.is_file() else {}
     recipe = run_folder / "recipe.yaml"
     section("charts", {k: Markup(svg) for k, svg in charts(lines).items()}, "charts: metrics.jsonl has no steps yet")
+    others = {folder.resolve().name: read_metrics(folder / "metrics.jsonl") for folder in beside}
+    compared = compare({run_folder.resolve().name: lines, **others}) if others else {}
+    sections["compared"] = {k: Markup(svg) for k, svg in compared.items()}
     section("evaluation", evaluation and _table(evaluation), "evaluation: there is no evaluation.json")
     section("responses", _responses(run_folder, evaluation), "responses: there is nothing in evaluation/")
     section("training", _training_samples(run_folder), "samples from training: there is nothing in trajectories/")

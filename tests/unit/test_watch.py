@@ -213,6 +213,23 @@ def test_the_report_shows_what_the_run_wrote(tmp_path):
     assert page.texts["li"] == []
 
 
+def test_several_runs_are_drawn_side_by_side(tmp_path):
+    for name in ("remax", "ppo"):
+        fill_run(tmp_path / name)
+    steps = [line(step) | {"critic/loss": 0.5 / step, "critic/explained_variance": 0.1 * step} for step in (1, 2)]
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    html = write_report(tmp_path / "ppo", [tmp_path / "remax"]).read_text()
+    page = Page(html)
+    assert page.texts["h2"][1:3] == ["Training", "Beside other runs"]
+    assert page.texts["h3"][:10] == [
+        "Reward", "Response length (tokens)", "KL to the reference policy", "Critic", "Time per step (s)",
+        "Sampled reward of each run", "Mean response length of each run (tokens)", "KL of each run (nats per response)",
+        "Time of each run's updates (s)", "Prompt q1",
+    ]  # fmt: skip
+    assert html.count(">remax<") == html.count(">ppo<") == 4, "one legend in each chart"
+    assert "Beside other runs" not in write_report(tmp_path / "ppo").read_text()
+
+
 def test_the_report_loads_nothing_and_runs_nothing(tmp_path):
     run = tmp_path / "myrun"
     fill_run(run)
