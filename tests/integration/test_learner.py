@@ -26,6 +26,7 @@ VOCABULARY = 64
 UPDATES = 2
 SMALL = 40  # tokens in a micro-batch
 LR, WEIGHT_DECAY, MAX_GRAD_NORM, KL, CLIP = 3e-4, 0.1, 0.05, 0.2, 0.8
+SAMPLER_LOGPROB, IMPORTANCE_CLIP = -4.0, 1.5
 
 
 def recipe(policy: Path, **learner) -> Recipe:
@@ -33,7 +34,10 @@ def recipe(policy: Path, **learner) -> Recipe:
         "lr": LR, "weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM, "schedule": "linear",
         "warmup_steps": 1,
     }  # fmt: skip
-    remax = {"algorithm": "remax", "kl_coefficient": KL, "reward_clip": CLIP, "gpus_per_rank": 0, "timeout_s": 60}
+    remax = {
+        "algorithm": "remax", "kl_coefficient": KL, "reward_clip": CLIP, "importance_clip": IMPORTANCE_CLIP,
+        "gpus_per_rank": 0, "timeout_s": 60,
+    }  # fmt: skip
     return Recipe.model_validate(
         {
             "run": {"name": "test", "steps": UPDATES, "deterministic": True},
@@ -66,7 +70,7 @@ def trajectories(seed: int) -> Trajectories:
         info,
         Ragged.from_rows(prompts, np.int32),
         Ragged.from_rows(responses, np.int32),
-        Ragged.from_rows([np.full(len(row), -4.0) for row in responses], np.float32),
+        Ragged.from_rows([np.full(len(row), SAMPLER_LOGPROB) for row in responses], np.float32),
     )
 
 
@@ -156,7 +160,8 @@ def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
             kl = (logprobs - response_logprobs(reference, prompt, response)).detach()
             advantage = min(max(float(reward) - float(baseline), -CLIP), CLIP)
             for t in range(len(response)):
-                loss = loss - (advantage - KL * sum(kl[t:])) * logprobs[t]
+                weight = min(float((logprobs[t].detach() - SAMPLER_LOGPROB).exp()), IMPORTANCE_CLIP)
+                loss = loss - weight * (advantage - KL * sum(kl[t:])) * logprobs[t]
             kl_sum += float(kl.sum())
             tokens += len(response)
         loss = loss / tokens
@@ -212,11 +217,17 @@ def test_metrics_of_the_first_update(runs, policy):
     sampled = everything.select(np.flatnonzero(~everything.info.greedy))
     model = AutoModelForCausalLM.from_pretrained(policy)
     logprobs = [response_logprobs(model, p, r).detach() for p, r in zip(sampled.prompt, sampled.response, strict=True)]
-    gaps = (torch.cat(logprobs) + 4.0).abs()  # the sampler's are all -4
+    gaps = (torch.cat(logprobs) - SAMPLER_LOGPROB).abs()
+    weights = (torch.cat(logprobs) - SAMPLER_LOGPROB).exp().clamp(max=IMPORTANCE_CLIP).double()
     metrics = runs.two.metrics[0]
     assert metrics["learner/tokens"] == sum(sampled.response.lengths) == len(gaps)
     assert metrics["logprob_gap/max"] == pytest.approx(float(gaps.max()), rel=1e-6)
     assert metrics["logprob_gap/mean"] == pytest.approx(float(gaps.mean()), rel=1e-6)
+    assert metrics["importance/max"] == pytest.approx(IMPORTANCE_CLIP)
+    assert metrics["importance/mean"] == pytest.approx(float(weights.mean()), rel=1e-6)
+    effective = float(weights.sum() ** 2 / weights.square().sum()) / len(weights)
+    assert metrics["importance/effective"] == pytest.approx(effective, rel=1e-6)
+    assert 0.05 < effective < 0.95
     assert metrics["kl/sequence"] == metrics["kl/token"] == 0.0  # the policy still is its reference
     assert [m["learner/lr"] for m in runs.two.metrics] == [LR, LR]
     lengths = sampled.prompt.lengths + sampled.response.lengths
@@ -240,6 +251,41 @@ def test_layout_changes_rounding_only(runs, name):
     assert distance(other.weights, runs.two.weights) < 1e-7
     if name == "zero1_small":
         assert other.metrics[0]["learner/padding_waste"] < runs.two.metrics[0]["learner/padding_waste"]
+
+
+def test_neither_the_order_of_micro_batches_nor_padding_matters(policy, runs):
+    """Two ranks, some of whose micro-batches are turned round, and whose padding is random tokens."""
+    group = LearnerGroup(recipe(policy, ranks=2, tokens_per_microbatch=SMALL), UPDATES)
+    group.wait_until_ready()
+    ray.get([rank.__ray_call__.remote(shuffle_and_fill_padding) for rank in group.ranks])
+    metrics = group.update(shards(trajectories(0)), batch(0))
+    gradients = ray.get([rank.__ray_call__.remote(clipped_gradients) for rank in group.ranks])[0]
+    assert any(ray.get([rank.__ray_call__.remote(lambda rank: rank.filled > 0) for rank in group.ranks]))
+    group.close()
+    assert distance(gradients, runs.two.gradients) < 1e-6
+    assert metrics["learner/loss"] == pytest.approx(runs.two.metrics[0]["learner/loss"], rel=1e-6)
+
+
+def shuffle_and_fill_padding(rank) -> None:
+    from c2f_ray.learner import remax
+    from c2f_ray.learner.batching import Samples
+
+    plan_of_rank, micro_batch = remax.rank_plan, Samples.micro_batch
+
+    def turned_round(*args) -> list:
+        planned = plan_of_rank(*args)
+        chunks = max(num_chunks for _, num_chunks in planned)
+        return [(rows, chunks) for rows, _ in reversed(planned)]
+
+    def filled(samples, rows):
+        micro = micro_batch(samples, rows)
+        if len(rows):
+            padding = np.arange(micro.input_ids.shape[1]) >= samples.lengths[rows][:, None]
+            rank.filled = getattr(rank, "filled", 0) + padding.sum()
+            micro.input_ids[torch.from_numpy(padding)] = torch.randint(3, VOCABULARY, (int(padding.sum()),))
+        return micro
+
+    remax.rank_plan, Samples.micro_batch = turned_round, filled
 
 
 def test_the_same_updates_give_the_same_bytes_in_any_order(runs):
@@ -317,7 +363,8 @@ def test_a_bad_update_leaves_nothing_behind(cluster, broken_policy, zero_stage):
     for sample, reward, baseline in zip(scores.sample_id, scores.reward, scores.baseline, strict=True):
         logprobs = response_logprobs(model, clean.prompt[rows[sample]], clean.response[rows[sample]])
         np.testing.assert_allclose(before[int(sample)], logprobs.detach().numpy(), rtol=0, atol=2e-6)
-        loss = loss - min(max(float(reward) - float(baseline), -CLIP), CLIP) * logprobs.sum()
+        weights = (logprobs.detach() - SAMPLER_LOGPROB).exp().clamp(max=IMPORTANCE_CLIP)
+        loss = loss - min(max(float(reward) - float(baseline), -CLIP), CLIP) * (weights * logprobs).sum()
         tokens += len(logprobs)
     (loss / tokens).backward()
     norm = torch.stack([p.grad.nan_to_num(0).norm() for p in model.parameters()]).norm()

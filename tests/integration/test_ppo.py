@@ -9,7 +9,16 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file, save_file
-from test_learner import VOCABULARY, distance, recipe, response_logprobs, save_policy, shards, trajectories
+from test_learner import (
+    SAMPLER_LOGPROB,
+    VOCABULARY,
+    distance,
+    recipe,
+    response_logprobs,
+    save_policy,
+    shards,
+    trajectories,
+)
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from c2f_ray.learner.batching import UpdateBatch
@@ -24,6 +33,7 @@ IN_REWARD = {"kl_coefficient": 0.2, "reward_clip": 0.8}
 IN_LOSS = {
     "kl_in": "loss", "kl_estimator": "k3", "kl_coefficient": 0.3, "kl_target": 0.01, "whiten_advantages": "biased",
     "normalise_reward": True, "entropy_coefficient": 0.05, "dual_clip": 1.05, "gae_lambda": 0.9,
+    "importance_clip": 1.5, "kl_stop": 0.004,
 }  # fmt: skip
 
 
@@ -105,6 +115,7 @@ class Plain:
         self.settings = {
             "kl_in": "reward", "kl_target": None, "entropy_coefficient": 0.0, "gae_lambda": 0.95, "dual_clip": np.inf,
             "reward_clip": 5.0, "whiten_advantages": "unbiased", "normalise_reward": False,
+            "importance_clip": None, "kl_stop": np.inf,
         } | settings  # fmt: skip
         self.beta = settings["kl_coefficient"]
         self.policy, self.reference = (
@@ -162,11 +173,17 @@ class Plain:
         tokens = [
             list(zip(*parts, strict=True)) for parts in zip(old, reference, old_values, white, returns, strict=True)
         ]
-        totals = {"loss": 0.0, "value": 0.0, "clipped": 0, "dual": 0, "kl": 0.0, "norms": [], "critic_norms": []}
+        totals = {
+            "loss": 0.0, "value": 0.0, "clipped": 0, "dual": 0, "kl": 0.0, "norms": [], "critic_norms": [], "tokens": 0,
+        }  # fmt: skip
+        train_policy = update >= WARMUP
         for epoch in range(EPOCHS):
             order = np.random.default_rng([0, update, epoch]).permutation(12)
             for part in np.array_split(order, MINIBATCHES):
-                self.minibatch([texts[i] for i in part], [tokens[i] for i in part], update >= WARMUP, totals)
+                kl_before = totals["kl"]
+                self.minibatch([texts[i] for i in part], [tokens[i] for i in part], train_policy, totals)
+                if (totals["kl"] - kl_before) / sum(len(tokens[i]) for i in part) > s["kl_stop"]:
+                    train_policy = False
         count = EPOCHS * len(every)
         self.metrics.append(
             {
@@ -178,10 +195,11 @@ class Plain:
         )
         if update >= WARMUP:
             self.metrics[-1] |= {
-                "learner/loss": totals["loss"] / count,
-                "learner/clip_fraction": totals["clipped"] / count,
-                "learner/dual_clip_fraction": totals["dual"] / count,
-                "learner/approx_kl": totals["kl"] / count,
+                "learner/loss": totals["loss"] / totals["tokens"],
+                "learner/clip_fraction": totals["clipped"] / totals["tokens"],
+                "learner/dual_clip_fraction": totals["dual"] / totals["tokens"],
+                "learner/approx_kl": totals["kl"] / totals["tokens"],
+                "learner/steps": len(totals["norms"]),
                 "learner/grad_norm": np.mean(totals["norms"]),
             }
             if s["kl_target"] is not None:
@@ -206,7 +224,10 @@ class Plain:
                 token = max(plain, held)
                 dual = bool(advantage < 0) and token.item() > -advantage.item() * s["dual_clip"]
                 token = -advantage * s["dual_clip"] if dual else token
-                policy_loss = policy_loss + token - s["entropy_coefficient"] * entropy[t]
+                weight = 1.0
+                if s["importance_clip"] is not None:
+                    weight = min(float((old - SAMPLER_LOGPROB).exp()), s["importance_clip"])
+                policy_loss = policy_loss + weight * token - s["entropy_coefficient"] * entropy[t]
                 if s["kl_in"] == "loss":
                     gap = reference - logprobs[t]
                     policy_loss = policy_loss + self.beta * (gap.exp() - 1 - gap)
@@ -215,6 +236,7 @@ class Plain:
                     totals["clipped"] += bool(held > plain)
                     totals["dual"] += dual
                     totals["kl"] += (ratio - 1 - ratio.log()).item()
+                    totals["tokens"] += 1
         critic = [*self.trunk.parameters(), self.head]
         total_steps = UPDATES * EPOCHS * MINIBATCHES
         totals["critic_norms"].append(
@@ -272,6 +294,9 @@ def test_metrics_equal_plain_torch(pair):
         for name, value in plain.items():
             assert ours[name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
     last = pair.plain.metrics[-1]
+    steps = [metrics["learner/steps"] for metrics in pair.plain.metrics[WARMUP:]]
+    stopped = last["learner/dual_clip_fraction"] > 0  # the run that has kl_stop has the second clip as well
+    assert steps == ([4, 4] if stopped else [EPOCHS * MINIBATCHES] * 2)
     assert 0.05 < last["learner/clip_fraction"] < 0.95, "so that the clip has been tried"
     assert len({metrics["kl/coefficient"] for metrics in pair.plain.metrics}) == (
         2 if last["learner/dual_clip_fraction"] else 1
