@@ -36,10 +36,8 @@ def main() -> None:
             "update_seconds": round(median(float(line["time/learner_s"] or 0.0) for line in lines), 3),
         }
         result[algorithm] = figures
-        rises = figures["reward_last"] > figures["reward_first"]
-        print(
-            f"goal {algorithm} reward: {figures['reward_last']} (> {figures['reward_first']}) {'ok' if rises else 'missed'}"
-        )
+        first, last = figures["reward_first"], figures["reward_last"]
+        print(f"goal {algorithm} reward: {last} (> {first}) {'ok' if last > first else 'missed'}")
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     first, *others = (f"runs/{name}" for name in RUNS.values())
     c2f_ray("report", first, *others)
