@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class RunState:
     weight_version: int
     length: LengthState
     bad_updates: int = 0  # in a row, up to now
-    mean_reward: float = 0.0  # of the last step
+    mean_reward: float = 0.0  # of the last step; of rejection sampling the held-out reward
+    heldout: list[float] = field(default_factory=list)  # of rejection sampling: before the first round, and after each
 
 
 @dataclass(frozen=True)

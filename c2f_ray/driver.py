@@ -29,7 +29,7 @@ from c2f_ray.errors import C2FError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
-from c2f_ray.recipe.schema import ReMaxLearner
+from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearner
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import ray_session, train_needs
@@ -76,13 +76,21 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
                 f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
             )
         progress.stage("starting the actors")
-        training = _Training(recipe, folder, checked, stack)
+        training = training_of(recipe.learner)(recipe, folder, checked, stack)
         del checked  # from here on the prompts' tokens are in the object store alone
         training.run(progress, log)
     return folder
 
 
-class _Training:
+def training_of(learner: Learner) -> "type[Training]":
+    if isinstance(learner, RejectionSamplingLearner):
+        from c2f_ray.rounds import Rounds
+
+        return Rounds
+    return Training
+
+
+class Training:
     """The actors of one run and its state."""
 
     def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack) -> None:
@@ -90,10 +98,13 @@ class _Training:
         self.folder = folder
         self.greedy_rollouts = isinstance(recipe.learner, ReMaxLearner)
         self.total_steps = checked.total_steps
-        self.prompt_ids = checked.prompts.ids
+        prompts = checked.prompts if checked.heldout is None else checked.prompts + checked.heldout
+        self.prompt_ids = prompts.ids
+        self.num_prompts = len(checked.prompts)  # those to train on come first
+        self.groups = checked.groups
         self.prompts_dropped = checked.prompts.num_dropped
         self.template = checked.template
-        self.prompts = ray.put(checked.prompts)
+        self.prompts = ray.put(prompts)
         self.policy_config = checked.policy_config
         self.resume = checked.resume
         self.state = (
@@ -106,10 +117,10 @@ class _Training:
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
-            closing(RolloutPool(recipe, ray.put(checked.prompts.tokens), max_model_tokens, load_format="dummy"))
+            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
         )
         self.rewards = stack.enter_context(
-            closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, ray.put(checked.prompts.messages)))
+            closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, ray.put(prompts.messages)))
         )
         self.learner = stack.enter_context(closing(LearnerGroup(recipe, checked.total_steps)))
         self.learner.wait_until_ready()
@@ -122,13 +133,23 @@ class _Training:
             self.learner.load(self.resume.folder)
         self.learner.connect(self.rollouts.actors)
         self.learner.send_weights(self.state.weight_version)
-        while self.state.step < self.total_steps:
+        self.begin(progress)
+        while not self.finished():
             metrics = self.step(progress)
             log.write(metrics)
             progress.step(metrics)
-            if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.state.step == self.total_steps:
+            if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
                 progress.stage("checkpoint")
                 self.checkpoint()
+        self.end(progress)
+
+    def begin(self, progress: Progress) -> None:
+        """Before the first step, with the engines' weights in place."""
+
+    def finished(self) -> bool:
+        return self.state.step >= self.total_steps
+
+    def end(self, progress: Progress) -> None:
         progress.stage("exporting the coarse actor")
         self.learner.export(self.folder / "coarse", self.template)
 
@@ -147,18 +168,19 @@ class _Training:
             self.state.weight_version += 1
             self.learner.send_weights(self.state.weight_version)
 
+        sampled = ~rollouts.info.greedy
+        rewards = rollouts.rewards[sampled]
         decision = self.observe(batch, learned)
         self.save(rollouts, self.folder / "trajectories" / f"step_{self.state.step + 1:06d}.parquet")
         self.state.step += 1
-        self.state.mean_reward = float(batch.reward.mean())
-        sampled = ~rollouts.info.greedy
+        self.state.mean_reward = float(rewards.mean())
         lengths = rollouts.info.response_tokens[sampled]
         seconds = time.perf_counter() - began
         return {
             "step": self.state.step,
             "prompts/dropped": self.prompts_dropped,
-            "reward/mean": float(batch.reward.mean()),
-            "reward/std": float(batch.reward.std()),
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
             "length/limit": limit,
             "length/mean": float(lengths.mean()),
             "length/max": int(lengths.max()),
@@ -226,16 +248,20 @@ class _Training:
         recipe, state = self.recipe, self.state
         count = recipe.prompts.per_step
         if recipe.run.epochs is not None:
-            count = min(count, recipe.run.epochs * len(self.prompt_ids) - state.position)
-        drawn = draw(state.position, count, len(self.prompt_ids), recipe.run.seed, recipe.prompts.shuffle)
+            count = min(count, recipe.run.epochs * self.num_prompts - state.position)
+        drawn = draw(state.position, count, self.groups, recipe.run.seed, recipe.prompts.shuffle)
         state.position += count
-        samples = recipe.rollout.samples_per_prompt
+        return self.requests(drawn)
+
+    def requests(self, drawn: list[tuple[int, int]]) -> list[RolloutRequest]:
+        """The requests for prompts given as (row, epoch), which the sampling seeds are made of."""
+        samples = self.recipe.rollout.samples_per_prompt
         per_prompt = samples + self.greedy_rollouts
         return [
             RolloutRequest(
                 sample_id=prompt * per_prompt + sample,
                 prompt_row=row,
-                seed=request_seed(recipe.run.seed, self.prompt_ids[row], epoch, sample),
+                seed=request_seed(self.recipe.run.seed, self.prompt_ids[row], epoch, sample),
                 greedy=sample == samples,
             )
             for prompt, (row, epoch) in enumerate(drawn)

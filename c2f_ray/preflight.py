@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from c2f_ray.checkpoints import Checkpoint, newest_checkpoint
 from c2f_ray.data.model_folder import absolute_folder, check_model
-from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
+from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set, prompt_groups
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.errors import NotBuiltError, RecipeError
@@ -27,6 +27,8 @@ class Checked:
     """What the checks of `train` found out on their way."""
 
     prompts: PromptSet
+    groups: list[list[int]]  # rows of the prompts; steps draw from each group in turn
+    heldout: PromptSet | None  # what rejection sampling judges its rounds by
     template: str  # that renders them
     reward: UltraRMReward
     total_steps: int
@@ -41,8 +43,6 @@ def run_folder(recipe: Recipe) -> Path:
 
 def check_train(recipe: Recipe, fresh: bool) -> Checked:
     """Raises RecipeError with every problem that `train` would meet. Writes nothing."""
-    if isinstance(recipe.learner, RejectionSamplingLearner):
-        raise NotBuiltError(f"learner.algorithm: {recipe.learner.algorithm!r} cannot be run yet; use 'remax' or 'ppo'")
     problems: list[str] = []
 
     def attempt(check: Callable[..., T], *args: Any) -> T | None:
@@ -58,6 +58,10 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     config = attempt(check_model, "policy.model", recipe.policy.model)
     template = attempt(training_template, recipe) if config else None
     prompts = attempt(training_prompts, recipe, template) if template else None
+    groups = attempt(prompt_groups, prompts, recipe.prompts.uniform_over) if prompts else None
+    heldout = None
+    if template and isinstance(recipe.learner, RejectionSamplingLearner):
+        heldout = attempt(heldout_prompts, recipe, template)
     if config:
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
         attempt(check_context, config, *limits)
@@ -67,7 +71,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     attempt(check_run_folder, run_folder(recipe), fresh)
     architecture = architecture_of(config) if config else {}
     continued = attempt(check_continued, recipe, architecture) if config and not fresh and not problems else (None, [])
-    if problems or prompts is None or template is None or reward is None or continued is None:
+    if problems or prompts is None or template is None or reward is None or continued is None or groups is None:
         raise RecipeError(*problems)
     total_steps = recipe.run.steps
     if total_steps is None:
@@ -78,7 +82,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             f"learner.critic.warmup_steps: {recipe.learner.critic.warmup_steps} of the run's {total_steps} steps leave "
             "none for the policy; lower it, or train longer"
         )
-    return Checked(prompts, template, reward, total_steps, architecture, *continued)
+    return Checked(prompts, groups, heldout, template, reward, total_steps, architecture, *continued)
 
 
 def check_minibatches(recipe: Recipe, learner: PPOLearner) -> None:
@@ -215,6 +219,23 @@ def training_prompts(recipe: Recipe, template: str) -> PromptSet:
         seed=recipe.run.seed,
     )
     return build_prompt_set(source, tokenizer, template, settings.max_tokens, settings.too_long)
+
+
+def heldout_prompts(recipe: Recipe, template: str) -> PromptSet:
+    settings = recipe.evaluate
+    assert settings is not None  # the recipe is refused otherwise
+    source = PromptSource(
+        key="evaluate.prompts",
+        source=settings.prompts,
+        split=settings.split,
+        field=settings.field,
+        turns=recipe.prompts.turns,
+        system=recipe.prompts.system,
+        num_prompts=settings.num_prompts,
+        seed=recipe.run.seed,
+    )
+    tokenizer = load_tokenizer(recipe.policy.model)
+    return build_prompt_set(source, tokenizer, template, recipe.prompts.max_tokens, "refuse")
 
 
 def with_absolute_folders(recipe: Recipe) -> Recipe:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from c2f_ray.data.templates import render
@@ -33,6 +35,17 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __add__(self, other: "PromptSet") -> "PromptSet":
+        """These prompts, and after them the other's."""
+        tokens = [part[row] for part in (self.tokens, other.tokens) for row in range(len(part))]
+        return PromptSet(
+            self.ids + other.ids,
+            self.messages + other.messages,
+            self.records + other.records,
+            Ragged.from_rows(tokens, np.int32),
+            self.num_dropped + other.num_dropped,
+        )
 
 
 @dataclass(frozen=True)
@@ -179,14 +192,33 @@ def _render(
         raise RecipeError(f"{source.key}: prompt {prompt_id!r}: the chat template fails on it: {error}") from None
 
 
-def draw(position: int, count: int, num_prompts: int, seed: int, shuffle: bool) -> list[tuple[int, int]]:
-    """The `count` prompts from `position` on as (row, epoch): one seeded permutation for each epoch.
+def prompt_groups(prompts: PromptSet, field: str | None) -> list[list[int]]:
+    """Rows of the prompts with the same value of ``field``, by first appearance; all in one group without a field."""
+    if field is None:
+        return [list(range(len(prompts)))]
+    groups: dict[str, list[int]] = {}
+    for row, record in enumerate(prompts.records):
+        if field not in record:
+            has = ", ".join(record) or "no other fields"
+            raise RecipeError(f"prompts.uniform_over: prompt {prompts.ids[row]} has no field {field!r}; it has {has}")
+        groups.setdefault(str(record[field]), []).append(row)
+    return list(groups.values())
+
+
+def draw(position: int, count: int, groups: list[list[int]], seed: int, shuffle: bool) -> list[tuple[int, int]]:
+    """The `count` prompts from `position` on as (row, epoch): the groups in turn, each in a seeded order per epoch.
 
     `position` counts prompts since the start of the run, and is all the state that there is.
     """
     drawn: list[tuple[int, int]] = []
-    while len(drawn) < count:
-        epoch, start = divmod(position + len(drawn), num_prompts)
-        order = np.random.default_rng([seed, epoch]).permutation(num_prompts) if shuffle else np.arange(num_prompts)
-        drawn += [(int(row), epoch) for row in order[start : start + count - len(drawn)]]
+    for turn in range(position, position + count):
+        place, number = divmod(turn, len(groups))
+        epoch, i = divmod(place, len(groups[number]))
+        order = _order(len(groups[number]), (seed, epoch, number)) if shuffle else range(len(groups[number]))
+        drawn.append((groups[number][int(order[i])], epoch))
     return drawn
+
+
+@lru_cache(maxsize=64)
+def _order(count: int, seed: tuple[int, ...]) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).permutation(count)

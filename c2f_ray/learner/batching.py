@@ -114,10 +114,13 @@ class Samples:
     Row i has the i-th smallest sample id, so the order in which shards arrived leaves no trace.
     """
 
-    def __init__(self, shards: Sequence[Trajectories]) -> None:
+    def __init__(self, shards: Sequence[Trajectories], only: Int64 | None = None) -> None:
+        """``only``: sample ids to leave out all others."""
         info = TrajectoryInfo.concat([shard.info for shard in shards])
         order = np.argsort(info.sample_id, kind="stable")
         order = order[~info.greedy[order]]
+        if only is not None:
+            order = order[np.isin(info.sample_id[order], only)]
         self.shards = shards
         self.shard = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])[order]
         self.row = np.concatenate([np.arange(len(shard)) for shard in shards])[order]

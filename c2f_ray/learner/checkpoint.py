@@ -60,13 +60,16 @@ def load_model(model: "TrainedModel", folder: Path, prefix: str, adam_steps: int
 
     ``adam_steps`` is what ``steps_of_adam`` said then. Raises CheckpointError when a parameter is not there whole.
     """
-    saved = _SavedPieces(sorted(folder.glob(f"{prefix}-rank*.safetensors")))
-    if adam_steps > 0:
+    saved = SavedPieces(sorted(folder.glob(f"{prefix}-rank*.safetensors")))
+    if adam_steps > 0 or steps_of_adam(model) > 0:
         _start_moments(model, adam_steps)
     for name, parameter in trainable(model):
         numel = prod(_shape(parameter))
         for start, kinds in _pieces(model, parameter):
             for kind, piece in kinds.items():
+                if kind in MOMENTS and adam_steps == 0:
+                    piece.data.zero_()
+                    continue
                 piece.data.copy_(saved.read(f"{kind}/{name}", start, start + piece.numel(), numel))
         if model.engine.zero_optimization_stage() < 3:
             parameter.data.copy_(saved.read(f"{WEIGHT}/{name}", 0, numel, numel).view(parameter.shape))
@@ -145,7 +148,7 @@ def _start_moments(model: "TrainedModel", adam_steps: int) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-class _SavedPieces:
+class SavedPieces:
     """All ranks' files of one model."""
 
     def __init__(self, files: list[Path]) -> None:

@@ -159,33 +159,23 @@ class PPO:
         """
         num_tokens = int(samples.response_tokens[rows].sum())
         micro_batches = rank_plan(samples, rows, self.rank, self.learner)
-        bad: list[int] = []
+        bad: set[int] = set()
         approx_kl = torch.zeros((), device=tally.device)
         for i, (part, num_chunks) in enumerate(micro_batches):
             micro = samples.micro_batch(part).to(tally.device)
             tokens = experience.select(samples.tokens_of(part).to(tally.device))
             last = i == len(micro_batches) - 1
-            losses: list[tuple[TrainedModel, Tensor]] = []
             with tally.seconds("time/critic_forward_backward_s"):
-                losses.append((self.critic, self._value_loss(micro, tokens, tally)))
+                loss = self._value_loss(micro, tokens, tally)
+                self._backward(self.critic, loss, micro, samples, num_tokens, bad, last)
             if train_policy:
                 with tally.seconds("time/learner_forward_backward_s"):
                     loss, kl_sum = self._policy_loss(micro, num_chunks, tokens, tally)
-                    losses.append((self.policy, loss))
                     approx_kl += kl_sum
-            for _, loss in losses:
-                finite = micro.unflatten(loss.detach()).isfinite().all(-1)
-                bad += samples.sample_id[part[~finite.cpu().numpy()]].tolist()
-            if last:
-                bad = on_all_ranks(bad)
-            for model, loss in losses:
-                of = "critic" if model is self.critic else "learner"
-                with tally.seconds(f"time/{of}_forward_backward_s"):
-                    # Times NaN DeepSpeed discards the whole gradient.
-                    model.backward(loss.sum() / num_tokens * (torch.nan if bad and last else 1.0), last=last)
+                    self._backward(self.policy, loss, micro, samples, num_tokens, bad, last)
         with tally.seconds("time/learner_step_s"):
             steps = {model: model.step() for model in (self.critic, *([self.policy] if train_policy else []))}
-        refuse_samples(bad, "the losses of the policy or of the critic")
+        refuse_samples(sorted(bad), "the losses of the policy or of the critic")
         for model, (_, norm) in steps.items():
             refuse_norm(norm, "critic" if model is self.critic else "policy", samples.sample_id[rows])
         taken = dict(zip(("critic/lr", "critic/grad_norm"), steps[self.critic], strict=True))
@@ -195,6 +185,26 @@ class PPO:
                 distributed.all_reduce(approx_kl)
             taken |= {"tokens": num_tokens, "approx_kl": float(approx_kl) / num_tokens}
         return taken
+
+    def _backward(
+        self,
+        model: "TrainedModel",
+        loss: Tensor,
+        micro: MicroBatch,
+        samples: Samples,
+        num_tokens: int,
+        bad: set[int],
+        last: bool,
+    ) -> None:
+        """Adds the tokens' losses [R] to the model's gradient, and samples whose losses are not finite to ``bad``.
+
+        Where any rank has found one in this minibatch the gradient becomes NaN, and DeepSpeed discards the whole of it.
+        """
+        finite = micro.unflatten(loss.detach()).isfinite().all(-1).cpu().numpy()
+        bad.update(samples.sample_id[micro.rows[~finite]].tolist())
+        if last:
+            bad.update(on_all_ranks(sorted(bad)))
+        model.backward(loss.sum() / num_tokens * (torch.nan if last and bad else 1.0), last=last)
 
     def _value_loss(self, micro: MicroBatch, tokens: Experience, tally: Tally) -> Tensor:
         """[R], of each token."""

@@ -7,6 +7,7 @@ of micro-batches; an update that is not finite raises on every rank and names it
 import json
 import os
 import shutil
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.finite import name
 from c2f_ray.learner.ppo import PPO
 from c2f_ray.learner.remax import ReMax
+from c2f_ray.learner.sft import SFT
 from c2f_ray.learner.tally import Tally
-from c2f_ray.recipe.schema import PPOLearner, Recipe, ReMaxLearner, critic_model
+from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner, critic_model
 from c2f_ray.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
@@ -41,7 +43,6 @@ class LearnerRank:
     """Runs as a Ray actor. Every method from ``start`` on is called on all ranks at the same time."""
 
     def __init__(self, recipe: Recipe, rank: int, total_updates: int) -> None:
-        assert isinstance(recipe.learner, ReMaxLearner | PPOLearner)  # others are refused before any actor starts
         self.recipe = recipe
         self.learner = recipe.learner
         self.rank = rank
@@ -70,17 +71,34 @@ class LearnerRank:
         # Only so that no process stays behind for ever: the driver's own deadlines come first.
         timeout_s = max(self.recipe.cluster.start_timeout_s, self.learner.timeout_s)
         engine.join_process_group(self.store, self.rank, self.learner, timeout_s)
-        # learner.algorithm decides here.
-        self.algorithm = self._ppo(self.learner) if isinstance(self.learner, PPOLearner) else self._remax(self.learner)
+        self.algorithm = self._algorithm()
         self.policy = self.algorithm.policy
         self.device = self.policy.engine.device
+
+    def _algorithm(self) -> ReMax | PPO | SFT:
+        """What learner.algorithm decides."""
+        match self.learner:
+            case PPOLearner():
+                return self._ppo(self.learner)
+            case ReMaxLearner():
+                return self._remax(self.learner)
+            case RejectionSamplingLearner():
+                return self._sft(self.learner)
+
+    def _sft(self, learner: RejectionSamplingLearner) -> SFT:
+        from c2f_ray.learner import engine
+
+        steps = learner.epochs * ceil(self.recipe.prompts.per_step / learner.responses_per_update)  # of one round
+        total_steps = steps if learner.restart_from == "start" else steps * self.total_updates
+        policy = engine.TrainedModel(engine.load_policy(self.recipe.policy), learner, learner.optimizer, total_steps)
+        return SFT(learner, self.recipe.run.seed, self.rank, policy)
 
     def _remax(self, learner: ReMaxLearner) -> ReMax:
         from c2f_ray.learner import engine
 
         module = engine.load_policy(self.recipe.policy)
         policy = engine.TrainedModel(module, learner, learner.optimizer, self.total_updates)
-        return ReMax(learner, self.rank, policy, self._reference(policy))
+        return ReMax(learner, self.rank, policy, self._reference(policy, learner.kl_coefficient))
 
     def _ppo(self, learner: PPOLearner) -> PPO:
         from c2f_ray.learner import engine
@@ -91,25 +109,28 @@ class LearnerRank:
         policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
         values = engine.load_critic(critic_model(self.recipe), self.recipe.policy)
         critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
-        return PPO(learner, self.recipe.run.seed, self.rank, policy, self._reference(policy), critic)
+        reference = self._reference(policy, learner.kl_coefficient)
+        return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)
 
-    def _reference(self, policy: "TrainedModel") -> ResponseLogprobs | None:
+    def _reference(self, policy: "TrainedModel", kl_coefficient: float) -> ResponseLogprobs | None:
         """The policy that the run started from, frozen, where a KL coefficient asks for it."""
         from c2f_ray.learner import engine
 
-        if self.learner.kl_coefficient == 0:
+        if kl_coefficient == 0:
             return None
         return engine.load_policy(self.recipe.policy).to(policy.engine.device).eval().requires_grad_(False)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.
 
-        ``shards`` refer to Trajectories; greedy rollouts in them are left out. Seconds are those of the slowest rank.
+        ``shards`` refer to Trajectories; greedy rollouts in them are left out, and in rejection sampling all that the
+        batch does not name. Seconds are those of the slowest rank.
         Raises NonFiniteUpdateError; ValueError when shards and batch are not about the same samples.
         """
         tally = Tally(self.device)
         with tally.seconds("time/learner_read_s"):
-            samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"))
+            only = batch.sample_id if isinstance(self.learner, RejectionSamplingLearner) else None
+            samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"), only)
             batch = _in_order(batch, samples)
         return self.algorithm.update(samples, batch, tally)
 

@@ -53,7 +53,7 @@ class Tally:
         """Sums over the ranks, maxima and seconds of the rank with most. A collective."""
         sums = torch.stack(list(self._sums.values()))
         seconds = torch.tensor(list(self._seconds.values()), dtype=torch.float64, device=self.device)
-        maxima = torch.cat([torch.stack(list(self._maxima.values())), seconds])
+        maxima = torch.stack([*self._maxima.values(), *seconds])
         distributed.all_reduce(sums, distributed.ReduceOp.SUM)
         distributed.all_reduce(maxima, distributed.ReduceOp.MAX)
         names = [*self._sums, *self._maxima, *self._seconds]

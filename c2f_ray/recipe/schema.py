@@ -54,6 +54,7 @@ class Prompts(Section):
     max_tokens: Count = 384  # longest rendered prompt
     too_long: Literal["drop", "refuse"] = "drop"  # what to do with a longer one
     per_step: Count = 128  # prompts in one step
+    uniform_over: str | None = None  # a field, such as the data's source, all of whose values are drawn equally often
     shuffle: bool = True  # a new seeded order in every epoch
 
 
@@ -270,13 +271,17 @@ class PPOLearner(LearnerBase):
 
 
 class RejectionSamplingLearner(LearnerBase):
-    """Iterative rejection sampling (Merlinite-7B-pt): keep the best of N, fine-tune on it, repeat."""
+    """Iterative rejection sampling (Merlinite-7B-pt). A step is a round: keep each prompt's best of N, fine-tune on
+    them, and sample `evaluate.prompts` to see what it brought. The best round becomes the coarse actor.
+    """
 
     algorithm: Literal["rejection_sampling"]
-    rounds: Count = 3
-    restart_from: Literal["start", "last_round"] = "last_round"
-    sft_epochs: Count = 1
-    responses_per_update: Count = 128
+    restart_from: Literal["start", "last_round"] = "last_round"  # what each round fine-tunes; the card leaves it open
+    epochs: Count = 1  # passes over a round's responses
+    responses_per_update: Count = 128  # in one optimizer step
+    min_margin: Annotated[float, Field(ge=0)] | None = None  # of a best response over its prompt's mean reward
+    top_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the best responses, by reward
+    patience: Count = 1  # rounds without a better held-out reward after which the run ends
 
 
 Learner = Annotated[ReMaxLearner | PPOLearner | RejectionSamplingLearner, Field(discriminator="algorithm")]
@@ -337,6 +342,18 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.memory: on a GPU it is a share of its memory, at most 1; not {self.rollout.memory}"
             )
+        if isinstance(self.learner, RejectionSamplingLearner):
+            if self.rollout.samples_per_prompt < 2:
+                raise ValueError(
+                    "rollout.samples_per_prompt: rejection_sampling chooses among a prompt's samples; give 2 or more"
+                )
+            if self.evaluate is None:
+                raise ValueError("evaluate: missing; rejection_sampling judges each round on evaluate.prompts")
+            if self.length.rule == "logistic":
+                raise ValueError(
+                    "length.rule: logistic watches a critic or a greedy baseline, which rejection_sampling has not; "
+                    "use fixed or linear"
+                )
         if self.policy.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(
                 "learner.zero_stage: 0 with policy.dtype bfloat16 is not offered: DeepSpeed's optimizer for it counts "

@@ -175,11 +175,6 @@ def test_the_reward_models_context(folder: Path):
     )
 
 
-def test_what_is_not_built_yet_says_so():
-    with pytest.raises(NotBuiltError, match="learner.algorithm: 'rejection_sampling' cannot be run yet"):
-        check_train(load_recipe(CONFIGS / "merlinite_7b_pt.yaml"), fresh=False)
-
-
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [

@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from c2f_ray.data.prompts import PromptSource, build_prompt_set, draw
+from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set, draw, prompt_groups
 from c2f_ray.data.templates import PLAIN_TEMPLATE, chat_template, render
+from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
 from c2f_ray.tiny.tokenizer import policy_tokenizer
 
@@ -139,15 +141,18 @@ def test_a_seeded_choice_of_prompts(tmp_path: Path):
         source(path, num_prompts=21).load()
 
 
+TEN = [list(range(10))]
+
+
 def test_every_epoch_draws_every_prompt_once_in_its_own_order():
-    drawn = [draw(position, 4, num_prompts=10, seed=7, shuffle=True) for position in range(0, 20, 4)]
+    drawn = [draw(position, 4, TEN, seed=7, shuffle=True) for position in range(0, 20, 4)]
     rows = [row for step in drawn for row, _ in step]
     epochs = [epoch for step in drawn for _, epoch in step]
     assert epochs == [0] * 10 + [1] * 10
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
     assert rows[:10] != rows[10:]
-    assert draw(8, 4, 10, seed=7, shuffle=True) == drawn[2], "a position alone says what comes next"
-    assert [row for row, _ in draw(8, 4, 10, seed=7, shuffle=False)] == [8, 9, 0, 1]
+    assert draw(8, 4, TEN, seed=7, shuffle=True) == drawn[2], "a position alone says what comes next"
+    assert [row for row, _ in draw(8, 4, TEN, seed=7, shuffle=False)] == [8, 9, 0, 1]
 
 
 def test_the_plain_template_and_the_missing_one():
@@ -159,3 +164,21 @@ def test_the_plain_template_and_the_missing_one():
         chat_template("model", tokenizer)
     with pytest.raises(RecipeError, match=r"policy.chat_template: nowhere.jinja: no such file"):
         chat_template("nowhere.jinja", tokenizer)
+
+
+def test_groups_are_drawn_equally_often(tmp_path: Path):
+    """Three prompts of one source and two of another, over an epoch of the larger one."""
+    ids = [f"{source}{i}" for source, count in (("a", 3), ("b", 2)) for i in range(count)]
+    prompts = PromptSet(
+        ids, [[]] * 5, [{"source": name[0]} for name in ids], Ragged.from_rows([[1]] * 5, np.int32), num_dropped=0
+    )
+    groups = prompt_groups(prompts, "source")
+    assert groups == [[0, 1, 2], [3, 4]]
+    drawn = draw(0, 6, groups, seed=1, shuffle=True)
+    assert [row < 3 for row, _ in drawn] == [True, False] * 3
+    assert sorted(row for row, _ in drawn[::2]) == [0, 1, 2]
+    assert [epoch for _, epoch in drawn[1::2]] == [0, 0, 1], "the smaller one begins again"
+    assert draw(4, 2, groups, seed=1, shuffle=True) == drawn[4:]
+    assert prompt_groups(prompts, None) == [[0, 1, 2, 3, 4]]
+    with pytest.raises(RecipeError, match="prompts.uniform_over: prompt a0 has no field 'topic'; it has source"):
+        prompt_groups(prompts, "topic")

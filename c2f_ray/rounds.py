@@ -1,0 +1,96 @@
+"""Iterative rejection sampling: rounds of best-of-N and fine-tuning, judged on held-out prompts (Merlinite-7B-pt).
+
+Invariants: the held-out prompts are sampled with the same seeds after every round; `coarse/` holds the round whose
+held-out reward is the highest so far.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from c2f_ray.algorithms import length as length_control
+from c2f_ray.algorithms.length import LengthDecision, LengthInputs
+from c2f_ray.algorithms.selection import best_of_prompt, select
+from c2f_ray.driver import Rollouts, Training
+from c2f_ray.learner.batching import UpdateBatch
+from c2f_ray.recipe.schema import RejectionSamplingLearner
+from c2f_ray.watch.progress import Progress
+
+
+class Rounds(Training):
+    """A step is a round."""
+
+    @property
+    def settings(self) -> RejectionSamplingLearner:
+        assert isinstance(self.recipe.learner, RejectionSamplingLearner)
+        return self.recipe.learner
+
+    def begin(self, progress: Progress) -> None:
+        start = self.folder / "start"
+        if self.settings.restart_from == "start" and not start.is_dir():
+            partial = start.with_name("start.partial")
+            partial.mkdir(exist_ok=True)
+            self.learner.save(partial)
+            partial.rename(start)
+        if not self.state.heldout:
+            self.state.heldout = [self.judge(progress)["heldout/best_of_n"]]
+
+    def finished(self) -> bool:
+        return super().finished() or self.saturated()
+
+    def saturated(self) -> bool:
+        """As many rounds as the recipe has patience for have brought nothing."""
+        heldout = self.state.heldout
+        return len(heldout) - 1 - int(np.argmax(heldout)) >= self.settings.patience
+
+    def end(self, progress: Progress) -> None:
+        peak = int(np.argmax(self.state.heldout[1:])) + 1
+        why = "the held-out reward no longer rises" if self.saturated() else "all rounds are done"
+        progress.note(f"{why}: round {peak} of {self.state.step} is the coarse actor")
+
+    def step(self, progress: Progress) -> dict[str, Any]:
+        metrics = super().step(progress)
+        metrics |= self.judge(progress)
+        reached = metrics["heldout/best_of_n"]
+        self.state.mean_reward = reached  # which checkpoint is the best is decided on the held-out prompts
+        before = self.state.heldout[1:]
+        self.state.heldout.append(reached)
+        if not before or reached > max(before):
+            progress.stage("exporting the best round")
+            self.learner.export(self.folder / "coarse", self.template)
+        metrics["heldout/before"] = self.state.heldout[0]
+        metrics["heldout/peak_round"] = int(np.argmax(self.state.heldout[1:])) + 1
+        metrics["heldout/saturated"] = float(self.saturated())
+        return metrics
+
+    def judge(self, progress: Progress) -> dict[str, float]:
+        """Samples the held-out prompts: the mean reward of all responses, and of each prompt's best."""
+        seconds = self.seconds  # of the round itself
+        rows = range(self.num_prompts, len(self.prompt_ids))
+        rollouts = self.roll_out(self.requests([(row, 0) for row in rows]), self.state.length.tokens, progress)
+        self.seconds = seconds
+        best = best_of_prompt(rollouts.info.prompt_row, rollouts.rewards, [self.recipe.run.seed])
+        return {
+            "heldout/reward": float(rollouts.rewards.mean()),
+            "heldout/best_of_n": float(rollouts.rewards[best].mean()),
+            "heldout/length": float(rollouts.info.response_tokens.mean()),
+        }
+
+    def update_batch(self, rollouts: Rollouts) -> UpdateBatch:
+        """The responses that the round keeps."""
+        info, learner = rollouts.info, self.settings
+        seed = [self.recipe.run.seed, self.state.step]
+        kept = select(info.prompt_row, rollouts.rewards, seed, learner.min_margin, learner.top_fraction)
+        return UpdateBatch(info.sample_id[kept], rollouts.rewards[kept], None)
+
+    def learn(self, rollouts: Rollouts, batch: UpdateBatch) -> dict[str, float]:
+        if self.settings.restart_from == "start" and self.state.step > 0:
+            self.learner.load(self.folder / "start")
+        kept = {"selection/kept": float(len(batch.reward)), "selection/reward_mean": float(batch.reward.mean())}
+        return super().learn(rollouts, batch) | kept
+
+    def observe(self, batch: UpdateBatch, learned: dict[str, float]) -> LengthDecision | None:
+        """Only a schedule: there is no critic to watch."""
+        inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=0.0)
+        self.state.length, decision = length_control.observe(self.recipe.length, self.state.length, inputs)
+        return decision
