@@ -1,7 +1,10 @@
 """ReMax's update against PPO's on real DeepSpeed ranks, GAE, and batching: `python benchmarks/learner.py`, 5 minutes.
 
-Both algorithms learn from the same rollouts with the same model of random weights, update by update in turns, and what
-is compared are the two updates of a turn. Where torch sees a GPU, a model of Mistral-7B's shape is trained on it as well.
+Both algorithms learn from the same rollouts with the same model of random weights, update by update in turns, and the
+two updates of a turn are compared. Where torch sees a GPU, a model of Mistral-7B's shape is trained on it as well.
+The memory of a training state is a rank's largest resident set in an update, above that of a rank whose model has a
+thousand parameters: weights, gradients, optimizer and activations. It is compared without a reference policy, which is
+frozen and the same for both algorithms; seconds are compared with one, as the recipes have it.
 """
 
 import ctypes
@@ -17,6 +20,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import ray
@@ -29,20 +33,28 @@ from c2f_ray.algorithms import gae
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.group import LearnerGroup
+from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "learner.json"
 PACKAGES = ("ray", "torch", "deepspeed", "transformers")
-TURNS = 5
-PROMPT_TOKENS = 24
-VOCABULARY = 4096
+TURNS = 4
+SAMPLES, PROMPT_TOKENS = 16, 24
 TOKEN_IDS = (3, 64)  # of all texts, so that a model of next to nothing reads them too
-SMALL = MistralConfig(
-    vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1152, num_hidden_layers=10, num_attention_heads=6,
-    num_key_value_heads=2, head_dim=64, sliding_window=None,
+SMALL = MistralConfig(  # 36 million parameters
+    vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, sliding_window=None,
 )  # fmt: skip
-# What a process needs that trains next to nothing is no training state.
+# DeepSpeed's buckets of 5e8 elements are a fourteenth of a 7B model, and would be all of this one.
+BUCKET = 2_500_000
+LEARNER = {
+    "ranks": 2,
+    "gradient_checkpointing": True,
+    "tokens_per_microbatch": 384,
+    "timeout_s": 300,
+    "deepspeed": {"zero_optimization": {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}},
+}
 NEXT_TO_NOTHING = MistralConfig(
     vocab_size=TOKEN_IDS[1], hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
     num_key_value_heads=1, sliding_window=None,
@@ -66,7 +78,7 @@ def save_model(folder: Path, config: MistralConfig, dtype: torch.dtype, device: 
     return str(folder)
 
 
-def recipe(model: str, algorithm: str, *, reference: bool, gpus: int = 0, **learner) -> Recipe:
+def recipe(model: str, algorithm: str, *, reference: bool, gpus: int = 0, **learner: Any) -> Recipe:
     """Both algorithms' defaults, but for what is given."""
     optimizer = {"lr": 1e-6}
     critic = {"critic": {"model": "policy", "optimizer": optimizer}} if algorithm == "ppo" else {}
@@ -79,7 +91,7 @@ def recipe(model: str, algorithm: str, *, reference: bool, gpus: int = 0, **lear
             "length": {"rule": "fixed", "max_tokens": 2048},
             "rollout": {"gpus_per_actor": gpus},
             "reward": {"kind": "function", "function": "rewards:score"},
-            "learner": {"algorithm": algorithm, "gpus_per_rank": gpus, "optimizer": optimizer, **critic, **kl, **learner},
+            "learner": {"algorithm": algorithm, "gpus_per_rank": gpus, "optimizer": optimizer} | critic | kl | learner,
         }
     )
 
@@ -106,7 +118,8 @@ def rollouts(prompt_tokens: Int64, response_tokens: Int64, seed: int) -> Traject
         response_tokens=response_tokens.astype(np.int32),
         weight_version=np.zeros(num, np.int32),
     )
-    return Trajectories(info, prompts, responses, Ragged(np.zeros(len(responses.values), np.float32), responses.offsets))
+    logprobs = Ragged(np.zeros(len(responses.values), np.float32), responses.offsets)
+    return Trajectories(info, prompts, responses, logprobs)
 
 
 def update_batch(num: int, seed: int) -> UpdateBatch:
@@ -122,13 +135,13 @@ def learner(recipe: Recipe) -> Iterator[LearnerGroup]:
     group.close()
 
 
-def forget_peak(_rank) -> None:
+def forget_peak(_rank: LearnerRank) -> None:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # or free memory that was kept would hide a rise
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_bytes(_rank) -> int:
+def peak_bytes(_rank: LearnerRank) -> int:
     """The most memory resident since ``forget_peak``."""
     return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
@@ -156,14 +169,14 @@ class Learning:
 
 def in_turns(model: str, turns: int, *, reference: bool) -> tuple[Learning, Learning]:
     """ReMax and PPO, each after one update that nobody counts."""
-    responses = long_tailed(32, 48, 16, 256, seed=0)
-    shards = [ray.put(rollouts(np.full(32, PROMPT_TOKENS), responses, seed=0))]
-    settings = {"ranks": 2, "tokens_per_microbatch": 1024, "timeout_s": 300}
+    responses = long_tailed(SAMPLES, 48, 16, 128, seed=0)
+    shards = [ray.put(rollouts(np.full(SAMPLES, PROMPT_TOKENS), responses, seed=0))]
+    batch = update_batch(SAMPLES, seed=0)
     with (
-        learner(recipe(model, "remax", reference=reference, **settings)) as remax,
-        learner(recipe(model, "ppo", reference=reference, **settings)) as ppo,
+        learner(recipe(model, "remax", reference=reference, **LEARNER)) as remax,
+        learner(recipe(model, "ppo", reference=reference, **LEARNER)) as ppo,
     ):
-        pair = Learning(remax, shards, update_batch(32, seed=0)), Learning(ppo, shards, update_batch(32, seed=0))
+        pair = Learning(remax, shards, batch), Learning(ppo, shards, batch)
         for turn in range(turns + 1):
             for learning in pair:
                 learning.update()
@@ -173,7 +186,7 @@ def in_turns(model: str, turns: int, *, reference: bool) -> tuple[Learning, Lear
 
 
 def updates(folder: Path) -> dict[str, Figure]:
-    """ReMax and PPO: seconds of an update, and peak memory above that of a process that trains next to nothing."""
+    """ReMax and PPO: seconds of an update and of its parts, and the memory of the training state."""
     found: dict[str, Figure] = {}
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     small = save_model(folder / "small", SMALL, torch.float32, "cpu")
@@ -199,21 +212,22 @@ def gae_milliseconds() -> dict[str, Figure]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rewards, values = torch.randn(2, 8, 32768)
-    mask = torch.ones(8, 32768, dtype=torch.bool)
-    blocks, loop = [], []
-    for turn in range(41):
-        began = time.perf_counter()
-        ours = gae.advantages(rewards, values, mask, 0.99, 0.95)
-        blocks.append((time.perf_counter() - began) * 1000)
-        if turn % 20 == 0:
-            began = time.perf_counter()
-            expected = loop_over_tokens(rewards, values, 0.99, 0.95)
-            loop.append((time.perf_counter() - began) * 1000)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    return {"gae_ms": figure(blocks[1:]), "gae_loop_ms": figure(loop)}
+    arguments = rewards, values, torch.ones(8, 32768, dtype=torch.bool), 0.99, 0.95
+    expected = loop_over_tokens(*arguments)
+    torch.testing.assert_close(gae.advantages(*arguments), expected, rtol=1e-4, atol=1e-4)
+    blocks = [milliseconds(gae.advantages, *arguments) for _ in range(40)]
+    loop = [milliseconds(loop_over_tokens, *arguments) for _ in range(3)]
+    return {"gae_ms": figure(blocks), "gae_loop_ms": figure(loop)}
 
 
-def loop_over_tokens(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+def milliseconds(function: Callable, *arguments: Any) -> float:
+    began = time.perf_counter()
+    function(*arguments)
+    return (time.perf_counter() - began) * 1000
+
+
+def loop_over_tokens(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Of responses as long as the tensors: ``mask`` is not looked at."""
     found, following, after = torch.zeros_like(values), torch.zeros(len(values)), torch.zeros(len(values))
     for t in reversed(range(values.shape[1])):
         following = rewards[:, t] + gamma * after - values[:, t] + gamma * gae_lambda * following
@@ -230,11 +244,14 @@ def batching() -> dict[str, Figure]:
     for seed in range(10):
         lengths = long_tailed(512, 256, 16, 2048, seed)
         samples = Samples([rollouts(lengths // 2, lengths - lengths // 2, seed)])
-        settings = recipe("none", "ppo", reference=False, ranks=8).learner
+        settings, everything = recipe("none", "remax", reference=False, ranks=8).learner, np.arange(512)
         computed = np.array(
             [
-                [samples.micro_batch(rows).input_ids.numel() for rows, _ in rank_plan(samples, np.arange(512), rank, settings)]
-                for rank in range(8)
+                [
+                    samples.micro_batch(rows).input_ids.numel()
+                    for rows, _ in rank_plan(samples, everything, rank, settings)
+                ]
+                for rank in range(settings.ranks)
             ]
         )  # [rank, micro-batch]
         waste.append(float(1 - lengths.sum() / computed.sum()))
@@ -293,7 +310,7 @@ def main() -> None:
         "gpu": gpu or "none at hand: tokens/s and MFU of a 7B model are not measured",
         "versions": {package: version(package) for package in PACKAGES},
         "seconds": round(time.perf_counter() - began, 1),
-        "figures": {name: {key: float(f"{value:.4g}") for key, value in each.items()} for name, each in figures.items()},
+        "figures": {name: {k: float(f"{v:.4g}") for k, v in each.items()} for name, each in figures.items()},
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
