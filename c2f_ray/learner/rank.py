@@ -78,7 +78,7 @@ class LearnerRank:
     def _remax(self, learner: ReMaxLearner) -> ReMax:
         from c2f_ray.learner import engine
 
-        module = engine.load_policy(self.recipe.policy)
+        module = engine.load_policy(self.recipe.policy, learner)
         policy = engine.TrainedModel(module, learner, learner.optimizer, self.total_updates)
         return ReMax(learner, self.rank, policy, self._reference(policy))
 
@@ -86,10 +86,10 @@ class LearnerRank:
         from c2f_ray.learner import engine
 
         steps = learner.epochs * learner.minibatches  # of each optimizer in one update
-        module = engine.load_policy(self.recipe.policy, entropy_gradient=learner.entropy_coefficient > 0)
+        module = engine.load_policy(self.recipe.policy, learner, entropy_gradient=learner.entropy_coefficient > 0)
         policy_steps = (self.total_updates - learner.critic.warmup_steps) * steps
         policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
-        values = engine.load_critic(critic_model(self.recipe), self.recipe.policy)
+        values = engine.load_critic(critic_model(self.recipe), self.recipe.policy, learner)
         critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
         return PPO(learner, self.recipe.run.seed, self.rank, policy, self._reference(policy), critic)
 
@@ -99,7 +99,8 @@ class LearnerRank:
 
         if self.learner.kl_coefficient == 0:
             return None
-        return engine.load_policy(self.recipe.policy).to(policy.engine.device).eval().requires_grad_(False)
+        reference = engine.load_policy(self.recipe.policy, self.learner)
+        return reference.to(policy.engine.device).eval().requires_grad_(False)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.
@@ -109,8 +110,12 @@ class LearnerRank:
         """
         tally = Tally(self.device)
         with tally.seconds("time/learner_read_s"):
-            samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"))
+            samples = self._samples(shards)
             batch = _in_order(batch, samples)
+    def _samples(self, shards: list[ObjectRef]) -> Samples:
+        read = wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}")
+        return Samples(read, packing=self.learner.packs)
+
         return self.algorithm.update(samples, batch, tally)
 
     def connect(self, actors: list[Any]) -> None:
@@ -125,11 +130,12 @@ class LearnerRank:
 
     def logprobs(self, shards: list[ObjectRef]) -> dict[int, Float32]:
         """The policy's logprobs of each response token, by sample id, of the samples that fall to this rank."""
-        samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"))
+        samples = self._samples(shards)
         found: dict[int, Float32] = {}
         for rows, num_chunks in rank_plan(samples, np.arange(len(samples.sample_id)), self.rank, self.learner):
             with torch.no_grad():
-                values = self.policy.engine(*samples.micro_batch(rows).to(self.device).inputs, num_chunks)[0]
+                micro = samples.micro_batch(rows).to(self.device)
+                values = self.policy.engine(*micro.inputs, num_chunks, **micro.packing)[0]
             parts = np.split(values.cpu().numpy(), np.cumsum(samples.response_tokens[rows])[:-1])
             found |= {int(samples.sample_id[row]): part for row, part in zip(rows, parts, strict=False)}
         return found

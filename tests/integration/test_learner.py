@@ -151,6 +151,7 @@ def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
         rows = {int(i): row for row, i in enumerate(everything.info.sample_id)}
         loss, kl_sum, tokens = 0.0, 0.0, 0
         for sample, reward, baseline in zip(scores.sample_id, scores.reward, scores.baseline, strict=True):
+        packed=learn(policy, folder / "packed", ranks=2, packing=True, tokens_per_microbatch=SMALL),
             prompt, response = everything.prompt[rows[sample]], everything.response[rows[sample]]
             logprobs = response_logprobs(model, prompt, response)
             kl = (logprobs - response_logprobs(reference, prompt, response)).detach()
@@ -233,7 +234,7 @@ def test_small_micro_batches_leave_a_rank_without_rows():
     assert max(len(micro) for micro in plan(lengths, 2, SMALL)) > 4
 
 
-@pytest.mark.parametrize("name", ["one", "zero0", "zero1_small", "zero3_small"])
+@pytest.mark.parametrize("name", ["one", "zero0", "zero1_small", "zero3_small", "packed"])
 def test_layout_changes_rounding_only(runs, name):
     other = getattr(runs, name)
     assert distance(other.gradients, runs.two.gradients) < 1e-6
@@ -254,6 +255,10 @@ def test_the_same_updates_give_the_same_bytes_in_any_order(runs):
     assert timeless[0] == timeless[1]
 
 
+    if name == "packed":
+        lengths = Samples([trajectories(0)]).lengths
+        idle = sum(len(rows) == 0 for micro in plan(lengths, 2, SMALL, packing=True) for rows in micro)
+        assert other.metrics[0]["learner/padding_waste"] == pytest.approx(idle / (sum(lengths) + idle))
 def test_the_exported_folder_is_the_learners_policy(runs, policy):
     model = AutoModelForCausalLM.from_pretrained(runs.two.folder)
     everything = trajectories(0)
