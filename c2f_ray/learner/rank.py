@@ -6,7 +6,6 @@ of micro-batches; an update that is not finite raises on every rank and names it
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,13 @@ import torch
 from ray import ObjectRef
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import GenerationConfig
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.checkpoints import sha256, sync
-from c2f_ray.data.model_folder import copy_tokenizer
 from c2f_ray.data.trajectory import Float32
 from c2f_ray.errors import NonFiniteUpdateError
 from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
 from c2f_ray.learner.ppo import PPO
 from c2f_ray.learner.remax import ReMax
@@ -112,17 +110,19 @@ class LearnerRank:
         with tally.seconds("time/learner_read_s"):
             samples = self._samples(shards)
             batch = _in_order(batch, samples)
+        return self.algorithm.update(samples, batch, tally)
+
     def _samples(self, shards: list[ObjectRef]) -> Samples:
         read = wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}")
         return Samples(read, packing=self.learner.packs)
 
-        return self.algorithm.update(samples, batch, tally)
-
     def connect(self, actors: list[Any]) -> None:
         """Joins the rollout actors, which may be done again with others."""
-        source = ModuleWeights(self.policy.module.model, getattr(torch, self.recipe.policy.dtype), self.policy.whole)
-        self.sender = WeightSender(source, self.recipe.weights, self.recipe.rollout.gpus_per_actor, self.rank)
+        self.sender = WeightSender(self._weights(), self.recipe.weights, self.recipe.rollout.gpus_per_actor, self.rank)
         self.sender.connect(actors)
+
+    def _weights(self) -> ModuleWeights:
+        return ModuleWeights(self.policy.module.model, getattr(torch, self.recipe.policy.dtype), self.policy.whole)
 
     def send_weights(self, version: int) -> None:
         """The rollout actors hold the policy as it is now, as ``version``, when this returns."""
@@ -181,22 +181,11 @@ class LearnerRank:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def export(self, folder: Path, chat_template: str) -> None:
-        """Writes the policy as an ordinary Hugging Face folder, aside first; what was at ``folder`` is replaced.
-
-        ``chat_template`` is the one that it was trained with.
-        """
-        model = self.policy.module.model
-        with self.policy.whole(list(self.policy.module.parameters())):
-            if self.rank == 0:
-                partial = folder.with_name(folder.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                # Some published sampling settings cannot be saved again; the policy's own file is copied instead.
-                model.generation_config = GenerationConfig.from_model_config(model.config)
-                model.save_pretrained(partial)
-                copy_tokenizer(self.recipe.policy.model, partial)
-                (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
+        """Writes the policy as an ordinary Hugging Face folder, one layer at a time in memory."""
+        if self.rank == 0:
+            export(self.policy.module.model, self._weights(), self.recipe.policy.model, chat_template, folder)
+        else:
+            self._weights().take_part()
 
 
 def _in_order(batch: UpdateBatch, samples: Samples) -> UpdateBatch:
