@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
 
+from c2f_ray.algorithms.packing import obstacle
 from c2f_ray.checkpoints import Checkpoint, newest_checkpoint
 from c2f_ray.data.model_folder import absolute_folder, check_model
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set, prompt_groups
@@ -65,6 +66,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     if config:
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
         attempt(check_context, config, *limits)
+        attempt(check_packing, recipe, "policy.model", config)
         if isinstance(recipe.learner, PPOLearner):
             attempt(check_minibatches, recipe, recipe.learner)
             attempt(check_critic, recipe, recipe.learner)
@@ -106,11 +108,17 @@ def check_critic(recipe: Recipe, learner: PPOLearner) -> None:
     config = check_model(key, model)
     limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
     check_context(config, *limits, owner="critic")
+    check_packing(recipe, key, config)
     if load_tokenizer(model).get_vocab() != load_tokenizer(recipe.policy.model).get_vocab():
         raise RecipeError(
             f"{key}: {model} has another vocabulary than {recipe.policy.model}, so the policy's token ids would be "
             "other words to it; use 'policy', or a model with the policy's tokenizer"
         )
+
+
+def check_packing(recipe: Recipe, key: str, config: PreTrainedConfig) -> None:
+    if recipe.learner.packs and (what := obstacle(config)):
+        raise RecipeError(f"{key}: it has {what}, which cannot be packed; set learner.packing to false")
 
 
 def check_reward(reward: Reward) -> UltraRMReward:

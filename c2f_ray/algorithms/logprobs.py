@@ -5,6 +5,7 @@ A 128k vocabulary and 16k tokens would take 8 GiB in float32 otherwise, and twic
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ class ResponseLogprobs(nn.Module):
         # In a tuple it is not registered a second time: the parameters keep their names.
         self._output_layer = (output_layer,)
 
-    def forward(self, input_ids: Tensor, predicts: Tensor, targets: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, predicts: Tensor, targets: Tensor, num_chunks: int, **packing: Any
+    ) -> tuple[Tensor, Tensor]:
         """``(logprobs, entropy)``, float32 [R], in nats; ``entropy`` has a gradient if it was asked for.
 
         ``input_ids`` int64 [B, S]: padded at the right, where a causal model cannot see it, so no attention mask.
@@ -47,8 +50,9 @@ class ResponseLogprobs(nn.Module):
         ``targets`` int64 [R]: these tokens, in row-major order.
         ``num_chunks``: ``chunks_for(R)`` or more. Under ZeRO-3 each chunk gathers the output layer, so ranks that
         run together must agree on it; it may exceed R.
+        ``packing``: where the rows are one after the other in one, what ``packing.layout`` says of them.
         """
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **packing).last_hidden_state[predicts]
         parts = [
             checkpoint(_logprobs, part, self._output_layer[0], target, self.entropy_gradient, use_reentrant=False)
             for part, target in zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)

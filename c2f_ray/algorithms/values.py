@@ -1,5 +1,7 @@
 """The critic: a value for the state before each response token, from a transformer with a linear head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -27,11 +29,12 @@ class ResponseValues(nn.Module):
         with torch.no_grad():
             self.head.weight.zero_() if head is None else self.head.weight.copy_(head)
 
-    def forward(self, input_ids: Tensor, predicts: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, predicts: Tensor, **packing: Any) -> Tensor:
         """Values, float32 [R].
 
         ``input_ids`` int64 [B, S]: padded at the right, where a causal model cannot see it, so no attention mask.
         ``predicts`` bool [B, S]: the R positions whose next token is a response token; a value's state ends there.
+        ``packing``: where the rows are one after the other in one, what ``packing.layout`` says of them.
         """
-        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state[predicts]
+        hidden = self.model(input_ids=input_ids, use_cache=False, **packing).last_hidden_state[predicts]
         return self.head(hidden).squeeze(-1)

@@ -8,6 +8,7 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from c2f_ray.algorithms.logprobs import chunks_for
+from c2f_ray.algorithms.packing import layout
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.recipe.schema import LearnerBase
 
@@ -57,15 +59,27 @@ def micro_batches(lengths: Int64, max_tokens: int) -> list[Int64]:
     return [np.array(batch, dtype=np.int64) for batch in batches]
 
 
-def plan(lengths: Int64, num_ranks: int, max_tokens: int) -> list[list[Int64]]:
+def plan(lengths: Int64, num_ranks: int, max_tokens: int, *, packing: bool = False) -> list[list[Int64]]:
     """``[rank][micro-batch] -> rows`` of ``lengths`` [N].
 
     As many micro-batches as the rank that needs most, on all ranks, and as even as they can be: that shrinks the
     largest, and with it padding and the time that ranks wait for each other in every micro-batch's collective.
     """
     parts = split_by_tokens(lengths, num_ranks)
+    if packing:
+        count = max(num_packs(lengths[rows], max_tokens) for rows in parts)
+        return [[rows[pack] for pack in split_by_tokens(lengths[rows], count)] for rows in parts]
     count = max(len(micro_batches(lengths[rows], max_tokens)) for rows in parts)
     return [[rows[batch] for batch in even_micro_batches(lengths[rows], max_tokens, count)] for rows in parts]
+
+
+def num_packs(lengths: Int64, max_tokens: int) -> int:
+    """The fewest parts of ``split_by_tokens`` that have at most ``max_tokens`` each, but for a longer row by itself."""
+    tokens = np.minimum(lengths, max_tokens)
+    count = max(1, -(-int(tokens.sum()) // max_tokens))
+    while max(int(tokens[rows].sum()) for rows in split_by_tokens(tokens, count)) > max_tokens:
+        count += 1
+    return count
 
 
 def even_micro_batches(lengths: Int64, max_tokens: int, count: int) -> list[Int64]:
@@ -83,25 +97,31 @@ def even_micro_batches(lengths: Int64, max_tokens: int, count: int) -> list[Int6
 class MicroBatch:
     """B trajectories padded at the right to S tokens, and to T response tokens; R response tokens together.
 
-    Padding is zero, and nothing reads it. Without rows the model's inputs have one row of nothing but padding: a rank
-    that has run out of samples still meets the others in the collectives.
+    Padding is zero, and nothing reads it. Packed, the trajectories lie in one row of S tokens, one after the other.
+    Without rows the model's inputs have one row of nothing but padding: a rank that has run out of samples still meets
+    the others in the collectives.
     """
 
     rows: Int64  # [B] of the update's samples
-    input_ids: Tensor  # int64 [B, S]
-    predicts: Tensor  # bool [B, S]: the next token is a response token
+    input_ids: Tensor  # int64 [B, S]; packed, [1, S]
+    predicts: Tensor  # bool, the same: the next token is a response token
     targets: Tensor  # int64 [R]: the response tokens, row by row
     mask: Tensor  # bool [B, T]: response tokens
     sampler_logprobs: Tensor  # float32 [R]
+    packing: dict[str, Any]  # what a packed model takes beside them
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``ResponseLogprobs`` takes."""
+        """What ``ResponseLogprobs`` takes first."""
         return self.input_ids, self.predicts, self.targets
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "rows"}
-        return MicroBatch(self.rows, **moved)
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(part) for name, part in value.items()}
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return MicroBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
     def unflatten(self, values: Tensor) -> Tensor:
         """[R] to [B, T], zero outside the mask; keeps the gradient."""
@@ -114,13 +134,14 @@ class Samples:
     Row i has the i-th smallest sample id, so the order in which shards arrived leaves no trace.
     """
 
-    def __init__(self, shards: Sequence[Trajectories], only: Int64 | None = None) -> None:
+    def __init__(self, shards: Sequence[Trajectories], *, packing: bool = False, only: Int64 | None = None) -> None:
         """``only``: sample ids to leave out all others."""
         info = TrajectoryInfo.concat([shard.info for shard in shards])
         order = np.argsort(info.sample_id, kind="stable")
         order = order[~info.greedy[order]]
         if only is not None:
             order = order[np.isin(info.sample_id[order], only)]
+        self.packing = packing
         self.shards = shards
         self.shard = np.repeat(np.arange(len(shards)), [len(shard) for shard in shards])[order]
         self.row = np.concatenate([np.arange(len(shard)) for shard in shards])[order]
@@ -148,19 +169,27 @@ class Samples:
         input_ids = np.zeros(is_response.shape, dtype=np.int64)
         input_ids[position < prompt_end] = prompt.values
         input_ids[is_response] = response.values
+        predicts = np.roll(is_response, -1, axis=1)
+        packing: dict[str, Any] = {}
+        if self.packing:
+            lengths = np.maximum(1, end)  # without rows there is one token
+            kept = position < lengths
+            input_ids, predicts = input_ids[kept][None], predicts[kept][None]
+            packing = layout(torch.from_numpy(lengths.flatten()))
         return MicroBatch(
             rows=rows,
             input_ids=torch.from_numpy(input_ids),
-            predicts=torch.from_numpy(np.roll(is_response, -1, axis=1)),
+            predicts=torch.from_numpy(predicts),
             targets=torch.from_numpy(response.values.astype(np.int64)),
             mask=torch.from_numpy(np.arange((end - prompt_end).max()) < end - prompt_end)[: len(rows)],
             sampler_logprobs=torch.from_numpy(self._join("sampler_logprobs", rows).values),
+            packing=packing,
         )
 
 
 def rank_plan(samples: Samples, rows: Int64, rank: int, learner: LearnerBase) -> list[tuple[Int64, int]]:
     """One rank's micro-batches of ``rows``: (rows, chunks of the output layer, as many as the rank with most needs)."""
-    parts = plan(samples.lengths[rows], learner.ranks, learner.tokens_per_microbatch)
+    parts = plan(samples.lengths[rows], learner.ranks, learner.tokens_per_microbatch, packing=samples.packing)
     ranks = [[rows[part] for part in micro] for micro in parts]
     most = [max(samples.response_tokens[part].sum() for part in together) for together in zip(*ranks, strict=True)]
     return [(part, chunks_for(int(tokens))) for part, tokens in zip(ranks[rank], most, strict=True)]

@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
+from c2f_ray.algorithms.packing import PACKED
 from c2f_ray.algorithms.schedule import lr_factor
 from c2f_ray.algorithms.values import ResponseValues
 from c2f_ray.recipe.schema import LearnerBase, Optimizer, Policy
@@ -42,21 +43,22 @@ def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase
     deepspeed.init_distributed()
 
 
-def load_policy(policy: Policy, *, entropy_gradient: bool = False) -> ResponseLogprobs:
-    return ResponseLogprobs(_load(AutoModelForCausalLM, policy.model, policy), entropy_gradient=entropy_gradient)
+def load_policy(policy: Policy, learner: LearnerBase, *, entropy_gradient: bool = False) -> ResponseLogprobs:
+    model = _load(AutoModelForCausalLM, policy.model, policy, learner)
+    return ResponseLogprobs(model, entropy_gradient=entropy_gradient)
 
 
-def load_critic(model: str, policy: Policy) -> ResponseValues:
+def load_critic(model: str, policy: Policy, learner: LearnerBase) -> ResponseValues:
     """The critic from a policy's or a reward model's folder, or from the hub, with the policy's settings."""
-    return ResponseValues(_load(AutoModel, model, policy), _head(model))
+    return ResponseValues(_load(AutoModel, model, policy, learner), _head(model))
 
 
-def _load(kind: Any, model: str, policy: Policy) -> PreTrainedModel:
+def _load(kind: Any, model: str, policy: Policy, learner: LearnerBase) -> PreTrainedModel:
     """With every dropout off: a rollout's logprobs are those of the whole model. Raises where weights are missing."""
     loaded, info = kind.from_pretrained(
         model,
         dtype=getattr(torch, policy.dtype),
-        attn_implementation="sdpa",
+        attn_implementation=PACKED if learner.packs else "sdpa",
         output_loading_info=True,
     )
     if info["missing_keys"]:

@@ -114,9 +114,11 @@ class PPO:
         with torch.no_grad(), tally.seconds("time/learner_evaluate_s"):
             for rows, num_chunks in rank_plan(samples, np.arange(len(samples.sample_id)), self.rank, self.learner):
                 micro = samples.micro_batch(rows).to(tally.device)
-                logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks)
-                reference = logprobs if self.reference is None else self.reference(*micro.inputs, num_chunks)[0]
-                values = self.critic.engine(micro.input_ids, micro.predicts)
+                logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks, **micro.packing)
+                reference = logprobs
+                if self.reference is not None:
+                    reference = self.reference(*micro.inputs, num_chunks, **micro.packing)[0]
+                values = self.critic.engine(micro.input_ids, micro.predicts, **micro.packing)
                 found[:, samples.tokens_of(rows).to(tally.device)] = torch.stack([logprobs, reference, values])
                 weights = importance.weights(logprobs, micro.sampler_logprobs, self.learner.importance_clip)
                 tally.rollout(micro, logprobs, entropy, logprobs - reference, weights)
@@ -208,7 +210,7 @@ class PPO:
 
     def _value_loss(self, micro: MicroBatch, tokens: Experience, tally: Tally) -> Tensor:
         """[R], of each token."""
-        values = self.critic.engine(micro.input_ids, micro.predicts)
+        values = self.critic.engine(micro.input_ids, micro.predicts, **micro.packing)
         loss, clipped = ppo.value_loss(values, tokens.values, tokens.returns, self.learner.value_clip)
         tally.add(value_loss=loss.detach(), value_clipped=clipped)
         return loss
@@ -220,7 +222,7 @@ class PPO:
         the tokens' distances from the policy at rollout, in nats.
         """
         learner = self.learner
-        logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks)
+        logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks, **micro.packing)
         clips = learner.clip_ratio, learner.dual_clip, learner.log_ratio_clip
         found = ppo.policy_loss(logprobs, tokens.logprobs, tokens.advantages, *clips)
         tally.add(

@@ -6,7 +6,6 @@ of micro-batches; an update that is not finite raises on every rank and names it
 
 import json
 import os
-import shutil
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,13 @@ import torch
 from ray import ObjectRef
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import GenerationConfig
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.checkpoints import sha256, sync
-from c2f_ray.data.model_folder import copy_tokenizer
-from c2f_ray.data.trajectory import Float32
+from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import NonFiniteUpdateError
 from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
 from c2f_ray.learner.ppo import PPO
 from c2f_ray.learner.remax import ReMax
@@ -90,13 +88,15 @@ class LearnerRank:
 
         steps = learner.epochs * ceil(self.recipe.prompts.per_step / learner.responses_per_update)  # of one round
         total_steps = steps if learner.restart_from == "start" else steps * self.total_updates
-        policy = engine.TrainedModel(engine.load_policy(self.recipe.policy), learner, learner.optimizer, total_steps)
+        policy = engine.TrainedModel(
+            engine.load_policy(self.recipe.policy, learner), learner, learner.optimizer, total_steps
+        )
         return SFT(learner, self.recipe.run.seed, self.rank, policy)
 
     def _remax(self, learner: ReMaxLearner) -> ReMax:
         from c2f_ray.learner import engine
 
-        module = engine.load_policy(self.recipe.policy)
+        module = engine.load_policy(self.recipe.policy, learner)
         policy = engine.TrainedModel(module, learner, learner.optimizer, self.total_updates)
         return ReMax(learner, self.rank, policy, self._reference(policy, learner.kl_coefficient))
 
@@ -104,10 +104,10 @@ class LearnerRank:
         from c2f_ray.learner import engine
 
         steps = learner.epochs * learner.minibatches  # of each optimizer in one update
-        module = engine.load_policy(self.recipe.policy, entropy_gradient=learner.entropy_coefficient > 0)
+        module = engine.load_policy(self.recipe.policy, learner, entropy_gradient=learner.entropy_coefficient > 0)
         policy_steps = (self.total_updates - learner.critic.warmup_steps) * steps
         policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
-        values = engine.load_critic(critic_model(self.recipe), self.recipe.policy)
+        values = engine.load_critic(critic_model(self.recipe), self.recipe.policy, learner)
         critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
         reference = self._reference(policy, learner.kl_coefficient)
         return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)
@@ -118,7 +118,8 @@ class LearnerRank:
 
         if kl_coefficient == 0:
             return None
-        return engine.load_policy(self.recipe.policy).to(policy.engine.device).eval().requires_grad_(False)
+        reference = engine.load_policy(self.recipe.policy, self.learner)
+        return reference.to(policy.engine.device).eval().requires_grad_(False)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.
@@ -130,15 +131,21 @@ class LearnerRank:
         tally = Tally(self.device)
         with tally.seconds("time/learner_read_s"):
             only = batch.sample_id if isinstance(self.learner, RejectionSamplingLearner) else None
-            samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"), only)
+            samples = self._samples(shards, only)
             batch = _in_order(batch, samples)
         return self.algorithm.update(samples, batch, tally)
 
+    def _samples(self, shards: list[ObjectRef], only: Int64 | None = None) -> Samples:
+        read = wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}")
+        return Samples(read, packing=self.learner.packs, only=only)
+
     def connect(self, actors: list[Any]) -> None:
         """Joins the rollout actors, which may be done again with others."""
-        source = ModuleWeights(self.policy.module.model, getattr(torch, self.recipe.policy.dtype), self.policy.whole)
-        self.sender = WeightSender(source, self.recipe.weights, self.recipe.rollout.gpus_per_actor, self.rank)
+        self.sender = WeightSender(self._weights(), self.recipe.weights, self.recipe.rollout.gpus_per_actor, self.rank)
         self.sender.connect(actors)
+
+    def _weights(self) -> ModuleWeights:
+        return ModuleWeights(self.policy.module.model, getattr(torch, self.recipe.policy.dtype), self.policy.whole)
 
     def send_weights(self, version: int) -> None:
         """The rollout actors hold the policy as it is now, as ``version``, when this returns."""
@@ -146,11 +153,12 @@ class LearnerRank:
 
     def logprobs(self, shards: list[ObjectRef]) -> dict[int, Float32]:
         """The policy's logprobs of each response token, by sample id, of the samples that fall to this rank."""
-        samples = Samples(wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}"))
+        samples = self._samples(shards)
         found: dict[int, Float32] = {}
         for rows, num_chunks in rank_plan(samples, np.arange(len(samples.sample_id)), self.rank, self.learner):
             with torch.no_grad():
-                values = self.policy.engine(*samples.micro_batch(rows).to(self.device).inputs, num_chunks)[0]
+                micro = samples.micro_batch(rows).to(self.device)
+                values = self.policy.engine(*micro.inputs, num_chunks, **micro.packing)[0]
             parts = np.split(values.cpu().numpy(), np.cumsum(samples.response_tokens[rows])[:-1])
             found |= {int(samples.sample_id[row]): part for row, part in zip(rows, parts, strict=False)}
         return found
@@ -196,22 +204,11 @@ class LearnerRank:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def export(self, folder: Path, chat_template: str) -> None:
-        """Writes the policy as an ordinary Hugging Face folder, aside first; what was at ``folder`` is replaced.
-
-        ``chat_template`` is the one that it was trained with.
-        """
-        model = self.policy.module.model
-        with self.policy.whole(list(self.policy.module.parameters())):
-            if self.rank == 0:
-                partial = folder.with_name(folder.name + ".partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                # Some published sampling settings cannot be saved again; the policy's own file is copied instead.
-                model.generation_config = GenerationConfig.from_model_config(model.config)
-                model.save_pretrained(partial)
-                copy_tokenizer(self.recipe.policy.model, partial)
-                (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
+        """Writes the policy as an ordinary Hugging Face folder, one layer at a time in memory."""
+        if self.rank == 0:
+            export(self.policy.module.model, self._weights(), self.recipe.policy.model, chat_template, folder)
+        else:
+            self._weights().take_part()
 
 
 def _in_order(batch: UpdateBatch, samples: Samples) -> UpdateBatch:

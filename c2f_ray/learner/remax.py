@@ -78,9 +78,11 @@ class ReMax:
         """
         learner = self.learner
         with tally.seconds("time/learner_reference_s"), torch.no_grad():
-            reference = self.reference(*micro.inputs, num_chunks)[0] if self.reference is not None else None
+            reference = None
+            if self.reference is not None:
+                reference = self.reference(*micro.inputs, num_chunks, **micro.packing)[0]
         with tally.seconds("time/learner_forward_backward_s"):
-            logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks)
+            logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks, **micro.packing)
         at_rollout = logprobs.detach()
         kl = torch.zeros_like(at_rollout) if reference is None else at_rollout - reference
         returns = remax.returns(

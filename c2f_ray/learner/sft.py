@@ -68,7 +68,7 @@ class SFT:
         for i, (part, num_chunks) in enumerate(micro_batches):
             micro = samples.micro_batch(part).to(tally.device)
             with tally.seconds("time/learner_forward_backward_s"):
-                logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks)
+                logprobs, entropy = self.policy.engine(*micro.inputs, num_chunks, **micro.packing)
                 finite = micro.unflatten(logprobs.detach()).isfinite().all(-1).cpu().numpy()
                 bad += samples.sample_id[part[~finite]].tolist()
                 last = i == len(micro_batches) - 1

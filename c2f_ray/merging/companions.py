@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from c2f_ray.data.model_folder import INDEX, copy_tokenizer
+from c2f_ray.data.model_folder import copy_tokenizer
+from c2f_ray.data.shards import write_index
 from c2f_ray.merging.methods import FORMULAS, ROLES
 from c2f_ray.merging.plan import MergePlan
-from c2f_ray.merging.shards import Shard, ShardDigests, Variant
+from c2f_ray.merging.shards import ShardDigests, Variant
 
 
 def write_companions(plan: MergePlan, folders: Mapping[str, Path], digests: Sequence[ShardDigests]) -> None:
@@ -20,7 +21,7 @@ def write_companions(plan: MergePlan, folders: Mapping[str, Path], digests: Sequ
         files = {s.file_name: d.files[variant.name] for s, d in zip(plan.shards, digests, strict=True)}
         copy_tokenizer(str(plan.inputs["instruct"].folder), folder)
         _write_config(plan, folder)
-        _write_index(folder, plan.shards)
+        write_index(folder, plan.shards)
         _write_manifest(folder, variant, inputs, files, plan)
         _write_card(folder, variant, inputs)
 
@@ -49,14 +50,6 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     if plan.dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    if len(shards) == 1:
-        return
-    weight_map = {name: shard.file_name for shard in shards for name in shard.tensors}
-    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_manifest(

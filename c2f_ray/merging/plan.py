@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards
 from c2f_ray.errors import RecipeError
 from c2f_ray.merging.compatibility import Input, check_inputs
 from c2f_ray.merging.methods import ROLES
-from c2f_ray.merging.shards import Shard, Variant, plan_shards
+from c2f_ray.merging.shards import Variant
 from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def check_merge(recipe: Recipe) -> MergePlan:
     inputs = check_inputs({role: model for role, model in given.items() if role in needed}, settings.allow)
     variants = [Variant(method, ratio) for method in settings.methods for ratio in settings.ratios]
     dtype = SAFETENSORS_NAMES[settings.dtype] if settings.dtype else None
-    shards = plan_shards(inputs["instruct"].tensors, dtype, MAX_SHARD_BYTES)
+    tensors = {name: (dtype or spec.dtype, spec.shape) for name, spec in inputs["instruct"].tensors.items()}
+    shards = plan_shards(tensors, MAX_SHARD_BYTES)
     out = (folder / "fine").resolve()
     _check_outputs(variants, shards, out)
     return MergePlan(inputs, variants, shards, out, settings.allow, settings.dtype)

@@ -168,7 +168,8 @@ class LearnerBase(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "all"] = "none"  # to CPU memory
     gradient_checkpointing: bool = False
-    tokens_per_microbatch: Count = 16384  # longest sequence times sequences, padding included
+    tokens_per_microbatch: Count = 16384  # padding included: longest sequence times sequences, where not packed
+    packing: bool | None = None  # sequences one after the other, without padding; null: on GPUs
     optimizer: Optimizer
     max_bad_updates: Count = 3  # stop the run after so many updates in a row that were not finite
     deepspeed: dict[str, Any] = {}  # the rest of DeepSpeed's own configuration, passed on as it is
@@ -180,6 +181,10 @@ class LearnerBase(Section):
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} or more, not {self.zero_stage}")
         return self
+
+    @property
+    def packs(self) -> bool:
+        return self.gpus_per_rank > 0 if self.packing is None else self.packing
 
     @model_validator(mode="after")
     def _deepspeed_has_the_rest_only(self) -> "LearnerBase":

@@ -1,5 +1,6 @@
 """The learner with real DeepSpeed ranks over gloo, against a plain single-process computation of the same update."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -25,6 +27,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks can
 VOCABULARY = 64
 UPDATES = 2
 SMALL = 40  # tokens in a micro-batch
+SHARD_BYTES = 150_000
 LR, WEIGHT_DECAY, MAX_GRAD_NORM, KL, CLIP = 3e-4, 0.1, 0.05, 0.2, 0.8
 SAMPLER_LOGPROB, IMPORTANCE_CLIP = -4.0, 1.5
 
@@ -113,9 +116,22 @@ def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamesp
             run.gradients = ray.get([rank.__ray_call__.remote(clipped_gradients) for rank in group.ranks])[0]
     run.logprobs = group.logprobs(shards(trajectories(0), order))
     group.export(folder, "{{ messages }}")
+    ray.get(
+        [
+            rank.__ray_call__.remote(export_in_small_shards, folder.with_name(folder.name + "_shards"))
+            for rank in group.ranks
+        ]
+    )
     group.close()
     run.weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return run
+
+
+def export_in_small_shards(rank, folder: Path) -> None:
+    from c2f_ray.learner import export
+
+    export.MAX_SHARD_BYTES = SHARD_BYTES
+    rank.export(folder, "{{ messages }}")
 
 
 def clipped_gradients(rank) -> dict:
@@ -141,6 +157,7 @@ def runs(cluster, policy, tmp_path_factory) -> SimpleNamespace:
         zero0=learn(policy, folder / "zero0", ranks=2, zero_stage=0),
         zero1_small=learn(policy, folder / "small", ranks=2, zero_stage=1, tokens_per_microbatch=SMALL),
         zero3_small=learn(policy, folder / "zero3", ranks=2, zero_stage=3, tokens_per_microbatch=SMALL),
+        packed=learn(policy, folder / "packed", ranks=2, packing=True, tokens_per_microbatch=SMALL),
     )
 
 
@@ -244,13 +261,17 @@ def test_small_micro_batches_leave_a_rank_without_rows():
     assert max(len(micro) for micro in plan(lengths, 2, SMALL)) > 4
 
 
-@pytest.mark.parametrize("name", ["one", "zero0", "zero1_small", "zero3_small"])
+@pytest.mark.parametrize("name", ["one", "zero0", "zero1_small", "zero3_small", "packed"])
 def test_layout_changes_rounding_only(runs, name):
     other = getattr(runs, name)
     assert distance(other.gradients, runs.two.gradients) < 1e-6
     assert distance(other.weights, runs.two.weights) < 1e-7
     if name == "zero1_small":
         assert other.metrics[0]["learner/padding_waste"] < runs.two.metrics[0]["learner/padding_waste"]
+    if name == "packed":
+        lengths = Samples([trajectories(0)]).lengths
+        idle = sum(len(rows) == 0 for micro in plan(lengths, 2, SMALL, packing=True) for rows in micro)
+        assert other.metrics[0]["learner/padding_waste"] == pytest.approx(idle / (sum(lengths) + idle))
 
 
 def test_neither_the_order_of_micro_batches_nor_padding_matters(policy, runs):
@@ -311,6 +332,34 @@ def test_the_exported_folder_is_the_learners_policy(runs, policy):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (runs.two.folder / file).read_bytes() == (policy / file).read_bytes()
     assert not runs.two.folder.with_name("two.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["two", "zero3_small"])
+def test_the_exported_folder_is_what_transformers_would_save(runs, name, tmp_path):
+    ours = getattr(runs, name).folder
+    AutoModelForCausalLM.from_pretrained(ours).save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]
+    for file in files:
+        assert (ours / file).read_bytes() == (tmp_path / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", ["two", "zero3_small"])
+def test_a_large_model_is_exported_in_several_files(runs, name, tmp_path):
+    whole = getattr(runs, name).folder
+    ours = whole.with_name(whole.name + "_shards")
+    AutoModelForCausalLM.from_pretrained(whole).save_pretrained(tmp_path, max_shard_size=SHARD_BYTES)
+    index, theirs = (json.loads((path / "model.safetensors.index.json").read_text()) for path in (ours, tmp_path))
+    assert index["metadata"] == theirs["metadata"]
+    assert index["weight_map"].keys() == theirs["weight_map"].keys()
+    assert len(list(ours.glob("model-0000?-of-00004.safetensors"))) == 4
+    expected = load_file(whole / "model.safetensors")
+    for file in ours.glob("*.safetensors"):
+        assert file.stat().st_size < SHARD_BYTES + 2000  # its header
+        for tensor_name, tensor in load_file(file).items():
+            assert index["weight_map"][tensor_name] == file.name
+            assert torch.equal(tensor, expected.pop(tensor_name))
+    assert not expected
 
 
 @pytest.fixture(scope="module")

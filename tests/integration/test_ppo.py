@@ -103,7 +103,7 @@ def runs(cluster, folders, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(
         in_reward=learn(folders, folder / "two", IN_REWARD, ranks=2),
         other_order=learn(folders, folder / "other_order", IN_REWARD, order=-1, ranks=2),
-        one=learn(folders, folder / "one", IN_REWARD, ranks=1, tokens_per_microbatch=64),
+        one=learn(folders, folder / "one", IN_REWARD, ranks=1, packing=True, tokens_per_microbatch=64),
         in_loss=learn(folders, folder / "in_loss", IN_LOSS, ranks=2, zero_stage=3, tokens_per_microbatch=40),
     )
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
-from c2f_ray.learner.batching import Samples, even_micro_batches, micro_batches, plan, split_by_tokens
+from c2f_ray.learner.batching import Samples, even_micro_batches, micro_batches, num_packs, plan, split_by_tokens
 
 
 def rows(layout):
@@ -85,6 +86,36 @@ def test_imbalance_and_padding_at_scale():
     assert padded.max(axis=0).sum() / padded.sum(axis=1).mean() < 1.06
 
 
+def test_packs_by_hand():
+    """At most 6 tokens in each: 4 and 2 beside 3 and 3 are two packs; of 5, 4 and 3 no two fit together."""
+    assert num_packs(np.array([4, 3, 3, 2]), 6) == 2
+    assert rows(plan(np.array([4, 3, 3, 2]), 1, 6, packing=True)) == [[[0, 3], [1, 2]]]
+    assert num_packs(np.array([5, 4, 3]), 6) == 3
+    assert num_packs(np.array([50, 2, 2]), 6) == 2  # a row beyond the budget is alone
+    assert rows(plan(np.array([50, 2, 2]), 1, 6, packing=True)) == [[[0], [1, 2]]]
+    assert rows(plan(np.array([5]), 2, 6, packing=True)) == [[[0]], [[]]]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_packs_keep_to_the_budget(seed):
+    rng = np.random.default_rng(seed)
+    lengths = random_lengths(seed, int(rng.integers(1, 400)))
+    num_ranks, budget = int(rng.integers(1, 9)), int(rng.integers(64, 20000))
+    layout = plan(lengths, num_ranks, budget, packing=True)
+    assert sorted(row for rank in layout for pack in rank for row in pack) == list(range(len(lengths)))
+    assert len({len(rank) for rank in layout}) == 1
+    for pack in (pack for rank in layout for pack in rank if len(pack) > 1):
+        assert lengths[pack].sum() <= budget
+
+
+def test_packs_at_scale():
+    """The fewest that hold so many tokens, and no rank waits for another in any of them."""
+    lengths = random_lengths(0, 1024)
+    tokens = np.array([[int(lengths[pack].sum()) for pack in rank] for rank in plan(lengths, 8, 16384, packing=True)])
+    assert tokens.shape[1] == -(-lengths.sum() // 8 // 16384)
+    assert tokens.max(axis=0).sum() / tokens.sum(axis=1).mean() < 1.01
+
+
 def shard(ids, prompts, responses, greedy=None):
     greedy = greedy or [False] * len(ids)
     info = TrajectoryInfo(
@@ -120,9 +151,23 @@ def test_a_micro_batch_by_hand():
     assert micro.unflatten(micro.sampler_logprobs).tolist() == [[-7, -8, -9], [-3, 0, 0]]
 
 
-def test_an_empty_micro_batch_is_one_row_of_padding():
-    micro = Samples([shard([0], [[4]], [[3]])]).micro_batch(np.array([], dtype=np.int64))
+def test_a_packed_micro_batch_by_hand():
+    shards = [shard([9], [[5, 6]], [[7, 8, 9]]), shard([2], [[4]], [[3]])]
+    micro = Samples(shards, packing=True).micro_batch(np.array([1, 0]))
+    assert micro.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+    assert micro.predicts.int().tolist() == [[0, 1, 1, 1, 0, 1, 0]]
+    assert micro.packing["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert micro.packing["cu_seq_lens_q"].tolist() == [0, 5, 7]
+    assert micro.packing["max_length_q"] == 5
+    assert micro.targets.tolist() == [7, 8, 9, 3]
+    assert micro.unflatten(micro.sampler_logprobs).tolist() == [[-7, -8, -9], [-3, 0, 0]]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_empty_micro_batch_is_one_row_of_padding(packing):
+    micro = Samples([shard([0], [[4]], [[3]])], packing=packing).micro_batch(np.array([], dtype=np.int64))
     assert micro.input_ids.tolist() == [[0]]
+    assert micro.packing.get("cu_seq_lens_q", torch.tensor([0, 1])).tolist() == [0, 1]
     assert micro.predicts.tolist() == [[False]]
     assert micro.targets.tolist() == []
     assert micro.unflatten(micro.sampler_logprobs).tolist() == []

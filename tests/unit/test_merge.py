@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from c2f_ray import cli
 from c2f_ray.data.model_folder import TensorSpec, find_model, read_tensors
+from c2f_ray.data.shards import Shard, plan_shards
 from c2f_ray.errors import C2FError, RecipeError
 from c2f_ray.merging import compatibility
 from c2f_ray.merging.compatibility import check_inputs
 from c2f_ray.merging.methods import merge_tensor
-from c2f_ray.merging.shards import Variant, merge_shard, plan_shards
+from c2f_ray.merging.shards import Variant, merge_shard
 from c2f_ray.tiny.tokenizer import policy_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,6 +48,10 @@ def given(**models: Path) -> dict[str, tuple[str, str]]:
 
 def specs_of(folder: Path) -> dict[str, TensorSpec]:
     return read_tensors(find_model("merge.instruct", str(folder)))
+
+
+def shards_of(specs: dict[str, TensorSpec], dtype: str | None = None, max_bytes: int = 10**9) -> list[Shard]:
+    return plan_shards({name: (dtype or spec.dtype, spec.shape) for name, spec in specs.items()}, max_bytes)
 
 
 def round_to_bf16(values: np.ndarray) -> np.ndarray:
@@ -225,11 +230,11 @@ def test_shards_hold_at_most_the_limit_and_every_tensor_once(tmp_path):
     tensors = {"a": torch.ones(10), "b": torch.ones(90), "c": torch.ones(11), "d": torch.ones(3)}
     specs = specs_of(write_model(tmp_path / "model", tensors))
     # bf16: 20, 180, 22 and 6 bytes; b is larger than the limit and gets a file of its own.
-    shards = plan_shards(specs, "BF16", max_bytes=40)
+    shards = shards_of(specs, "BF16", max_bytes=40)
     assert [sorted(shard.tensors) for shard in shards] == [["a"], ["b"], ["c", "d"]]
     assert [shard.file_name for shard in shards] == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [shard.num_bytes for shard in shards] == [20, 180, 28]
-    assert [shard.file_name for shard in plan_shards(specs, None, max_bytes=456)] == ["model.safetensors"]
+    assert [shard.file_name for shard in shards_of(specs, max_bytes=456)] == ["model.safetensors"]
 
 
 def test_written_files_are_what_safetensors_itself_reads(tmp_path, monkeypatch):
@@ -243,7 +248,7 @@ def test_written_files_are_what_safetensors_itself_reads(tmp_path, monkeypatch):
     }
     folder = write_model(tmp_path / "model", tensors)
     specs = specs_of(folder)
-    (shard,) = plan_shards(specs, None, max_bytes=10**9)
+    (shard,) = shards_of(specs)
     out = tmp_path / "out"
     out.mkdir()
     merge_shard(shard, {"instruct": specs, "coarse": specs}, [Variant("interpolate", 0.0)], {"interpolate-0": out})
@@ -288,7 +293,7 @@ def test_inputs_are_read_once_however_many_outputs(tmp_path, monkeypatch):
     folders = {variant.name: tmp_path / variant.name for variant in variants}
     for folder in folders.values():
         folder.mkdir()
-    (shard,) = plan_shards(specs["instruct"], None, max_bytes=10**9)
+    (shard,) = shards_of(specs["instruct"])
     merge_shard(shard, specs, variants, folders)
     assert read == {tmp_path / role / "model.safetensors": 128 for role in roles}
 
@@ -296,7 +301,7 @@ def test_inputs_are_read_once_however_many_outputs(tmp_path, monkeypatch):
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     instruct = specs_of(write_model(tmp_path / "instruct", {"a": torch.tensor([1.0, 60000.0])}))
     coarse = specs_of(write_model(tmp_path / "coarse", {"a": torch.tensor([1.0, 80000.0])}))
-    (shard,) = plan_shards(instruct, "F16", max_bytes=10**9)
+    (shard,) = shards_of(instruct, "F16")
     with pytest.raises(C2FError, match=r"interpolate-0\.5 has values in a that are not finite in F16"):
         merge_shard(
             shard,

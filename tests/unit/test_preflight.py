@@ -210,6 +210,14 @@ def test_a_critic_with_the_policys_vocabulary_passes(folder: Path):
         check_train(load_recipe(CONFIGS / "tiny_ppo.yaml", *overrides), fresh=False)
 
 
+def test_a_policy_that_cannot_be_packed(folder: Path):
+    config = json.loads((folder / "base" / "config.json").read_text()) | {"attn_logit_softcapping": 30.0}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    assert problems("learner.packing=true") == (
+        "policy.model: it has attn_logit_softcapping, which cannot be packed; set learner.packing to false",
+    )
+
+
 def test_an_unbuilt_reward_says_so(folder: Path):
     recipe = load_recipe(CONFIGS / "tiny.yaml", "reward={kind: function, function: 'c2f_ray.tiny.task:accuracy'}")
     with pytest.raises(NotBuiltError, match=r"reward.kind: 'function' cannot be run yet"):
