@@ -141,7 +141,7 @@ def _start_moments(model: "TrainedModel", adam_steps: int) -> None:
         masters = [master for group in _adam(model).param_groups for master in group["params"]]
     for master in masters:
         state = _adam(model).state[master]
-        state["step"] = torch.tensor(float(adam_steps))
+        state["step"] = torch.tensor(float(adam_steps), device=master.device)
         for kind in MOMENTS:
             state.setdefault(kind, torch.zeros_like(master, requires_grad=False))
     if stage in (1, 2):

@@ -152,7 +152,8 @@ def _config(dtype: torch.dtype, learner: LearnerBase, optimizer: Optimizer) -> d
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,
-        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},  # its own would need a compiler
+        # DeepSpeed's own would need a compiler. Fused it makes no copies of the gradient's size.
+        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},

@@ -292,7 +292,7 @@ def test_updates_equal_plain_torch(pair):
 def test_metrics_equal_plain_torch(pair):
     for ours, plain in zip(pair.ours.metrics, pair.plain.metrics, strict=True):
         for name, value in plain.items():
-            assert ours[name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
+            assert ours[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
     last = pair.plain.metrics[-1]
     steps = [metrics["learner/steps"] for metrics in pair.plain.metrics[WARMUP:]]
     stopped = last["learner/dual_clip_fraction"] > 0  # the run that has kl_stop has the second clip as well
