@@ -8,7 +8,7 @@ import json
 import os
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -17,11 +17,10 @@ from ray import ObjectRef
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.checkpoints import sha256, sync
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import NonFiniteUpdateError
-from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.batching import Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
 from c2f_ray.learner.ppo import PPO
@@ -32,9 +31,6 @@ from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, 
 from c2f_ray.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
-
-if TYPE_CHECKING:  # it imports DeepSpeed
-    from c2f_ray.learner.engine import TrainedModel
 
 
 class LearnerRank:
@@ -98,7 +94,7 @@ class LearnerRank:
 
         module = engine.load_policy(self.recipe.policy, learner)
         policy = engine.TrainedModel(module, learner, learner.optimizer, self.total_updates)
-        return ReMax(learner, self.rank, policy, self._reference(policy, learner.kl_coefficient))
+        return ReMax(learner, self.rank, policy, self._reference(learner.kl_coefficient))
 
     def _ppo(self, learner: PPOLearner) -> PPO:
         from c2f_ray.learner import engine
@@ -109,17 +105,16 @@ class LearnerRank:
         policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
         values = engine.load_critic(critic_model(self.recipe), self.recipe.policy, learner)
         critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
-        reference = self._reference(policy, learner.kl_coefficient)
+        reference = self._reference(learner.kl_coefficient)
         return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)
 
-    def _reference(self, policy: "TrainedModel", kl_coefficient: float) -> ResponseLogprobs | None:
+    def _reference(self, kl_coefficient: float) -> Reference | None:
         """The policy that the run started from, frozen, where a KL coefficient asks for it."""
         from c2f_ray.learner import engine
 
         if kl_coefficient == 0:
             return None
-        reference = engine.load_policy(self.recipe.policy, self.learner)
-        return reference.to(policy.engine.device).eval().requires_grad_(False)
+        return engine.frozen(engine.load_policy(self.recipe.policy, self.learner), self.learner)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.

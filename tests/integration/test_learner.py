@@ -115,6 +115,7 @@ def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamesp
         if update == 0:
             run.gradients = ray.get([rank.__ray_call__.remote(clipped_gradients) for rank in group.ranks])[0]
     run.logprobs = group.logprobs(shards(trajectories(0), order))
+    run.reference = ray.get([rank.__ray_call__.remote(elements_of_reference) for rank in group.ranks])
     group.export(folder, "{{ messages }}")
     ray.get(
         [
@@ -125,6 +126,11 @@ def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamesp
     group.close()
     run.weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return run
+
+
+def elements_of_reference(rank) -> int:
+    """That a rank owns."""
+    return sum(getattr(p, "ds_tensor", p).numel() for p in rank.algorithm.reference.parameters())
 
 
 def export_in_small_shards(rank, folder: Path) -> None:
@@ -332,6 +338,12 @@ def test_the_exported_folder_is_the_learners_policy(runs, policy):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (runs.two.folder / file).read_bytes() == (policy / file).read_bytes()
     assert not runs.two.folder.with_name("two.partial").exists()
+
+
+def test_under_zero3_each_rank_owns_half_of_the_reference(runs):
+    whole = sum(tensor.numel() for tensor in runs.two.weights.values())
+    assert runs.two.reference == [whole, whole]
+    assert runs.zero3_small.reference == [whole // 2, whole // 2]
 
 
 @pytest.mark.parametrize("name", ["two", "zero3_small"])
