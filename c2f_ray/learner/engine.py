@@ -47,6 +47,10 @@ def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase
 
 def load_policy(policy: Policy, learner: LearnerBase, *, entropy_gradient: bool = False) -> ResponseLogprobs:
     model = _load(AutoModelForCausalLM, policy.model, policy, learner)
+    if learner.lora is not None:
+        from c2f_ray.learner.adapters import add_adapters
+
+        add_adapters(model, learner.lora)
     return ResponseLogprobs(model, entropy_gradient=entropy_gradient)
 
 
@@ -108,7 +112,9 @@ class TrainedModel:
         self.steps = 0  # taken
         self.num_ranks = learner.ranks
         self.engine: DeepSpeedEngine
-        self.engine, *_ = deepspeed.initialize(model=module, config=_config(module.model.dtype, learner, optimizer))
+        learning: Any = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        config = _config(module.model.dtype, learner, optimizer)
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=learning, config=config)
         self.engine.train()
         # Where DeepSpeed does not tell the gradient's norm.
         self.own_norm = learner.zero_stage == 0 and module.model.dtype == torch.float32

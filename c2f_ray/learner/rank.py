@@ -8,7 +8,7 @@ import json
 import os
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -31,6 +31,9 @@ from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, 
 from c2f_ray.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
+
+if TYPE_CHECKING:  # it imports DeepSpeed
+    from c2f_ray.learner.engine import TrainedModel
 
 
 class LearnerRank:
@@ -94,7 +97,7 @@ class LearnerRank:
 
         module = engine.load_policy(self.recipe.policy, learner)
         policy = engine.TrainedModel(module, learner, learner.optimizer, self.total_updates)
-        return ReMax(learner, self.rank, policy, self._reference(learner.kl_coefficient))
+        return ReMax(learner, self.rank, policy, self._reference(policy, learner.kl_coefficient))
 
     def _ppo(self, learner: PPOLearner) -> PPO:
         from c2f_ray.learner import engine
@@ -105,15 +108,19 @@ class LearnerRank:
         policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
         values = engine.load_critic(critic_model(self.recipe), self.recipe.policy, learner)
         critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
-        reference = self._reference(learner.kl_coefficient)
+        reference = self._reference(policy, learner.kl_coefficient)
         return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)
 
-    def _reference(self, kl_coefficient: float) -> Reference | None:
+    def _reference(self, policy: "TrainedModel", kl_coefficient: float) -> Reference | None:
         """The policy that the run started from, frozen, where a KL coefficient asks for it."""
         from c2f_ray.learner import engine
 
         if kl_coefficient == 0:
             return None
+        if self.learner.lora is not None:
+            from c2f_ray.learner.adapters import without_adapters
+
+            return without_adapters(policy.engine)
         return engine.frozen(engine.load_policy(self.recipe.policy, self.learner), self.learner)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
@@ -140,7 +147,9 @@ class LearnerRank:
         self.sender.connect(actors)
 
     def _weights(self) -> ModuleWeights:
-        return ModuleWeights(self.policy.module.model, getattr(torch, self.recipe.policy.dtype), self.policy.whole)
+        lora, dtype = self.learner.lora, getattr(torch, self.recipe.policy.dtype)
+        scale = lora.alpha / lora.rank if lora is not None else 0.0
+        return ModuleWeights(self.policy.module.model, dtype, self.policy.whole, scale)
 
     def send_weights(self, version: int) -> None:
         """The rollout actors hold the policy as it is now, as ``version``, when this returns."""
@@ -199,9 +208,18 @@ class LearnerRank:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def export(self, folder: Path, chat_template: str) -> None:
-        """Writes the policy as an ordinary Hugging Face folder, one layer at a time in memory."""
+        """Writes the policy as an ordinary Hugging Face folder, one layer at a time in memory.
+
+        Its adapters, where it has some, are merged there, and written by themselves into ``FOLDER_adapter``.
+        """
+        model, start = self.policy.module.model, self.recipe.policy.model
+        if self.learner.lora is not None:
+            from c2f_ray.learner.adapters import save_adapters
+
+            beside = folder.with_name(folder.name + "_adapter")
+            save_adapters(model, self.learner.lora, start, self.policy.whole, beside, write=self.rank == 0)
         if self.rank == 0:
-            export(self.policy.module.model, self._weights(), self.recipe.policy.model, chat_template, folder)
+            export(model, self._weights(), start, chat_template, folder)
         else:
             self._weights().take_part()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -149,6 +150,7 @@ def clipped_gradients(rank) -> dict:
     moments = {
         name: optimizer.state[p]["exp_avg"] if without_zero else safe_get_full_optimizer_state(p, "exp_avg")
         for name, p in rank.policy.module.model.named_parameters()
+        if p.requires_grad
     }
     return {name: moment.clone() / 0.1 for name, moment in moments.items()}
 
@@ -167,11 +169,17 @@ def runs(cluster, policy, tmp_path_factory) -> SimpleNamespace:
     )
 
 
-def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
-    """The same updates with nothing but torch: one sequence at a time, loops over tokens, torch's AdamW and clip."""
+def plain_updates(policy: Path, dtype: torch.dtype, adapter: Path | None = None) -> SimpleNamespace:
+    """The same updates with nothing but torch: one sequence at a time, loops over tokens, torch's AdamW and clip.
+
+    With nothing but PEFT as well, where there is an adapter to learn in the model's place.
+    """
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     reference = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learning.values(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     plain = SimpleNamespace(loss=[], kl=[], norm=[])
     for update, lr in enumerate([LR, LR]):  # warm-up's only update, then the first of the linear fall
         everything, scores = trajectories(update), batch(update)
@@ -189,16 +197,16 @@ def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
             tokens += len(response)
         loss = loss / tokens
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), MAX_GRAD_NORM)
         if update == 0:
-            plain.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            plain.gradients = {name: p.grad.clone() for name, p in learning.items()}
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         plain.loss.append(loss.item())
         plain.kl.append(kl_sum / len(scores.sample_id))
         plain.norm.append(norm.item())
-    plain.weights = model.state_dict()
+    plain.weights = (model if adapter is None else model.merge_and_unload()).state_dict()
     return plain
 
 
