@@ -7,7 +7,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedConfig
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from c2f_ray.algorithms.packing import obstacle
 from c2f_ray.checkpoints import Checkpoint, newest_checkpoint
@@ -67,6 +69,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
         attempt(check_context, config, *limits)
         attempt(check_packing, recipe, "policy.model", config)
+        attempt(check_lora, recipe, config)
         if isinstance(recipe.learner, PPOLearner):
             attempt(check_minibatches, recipe, recipe.learner)
             attempt(check_critic, recipe, recipe.learner)
@@ -119,6 +122,23 @@ def check_critic(recipe: Recipe, learner: PPOLearner) -> None:
 def check_packing(recipe: Recipe, key: str, config: PreTrainedConfig) -> None:
     if recipe.learner.packs and (what := obstacle(config)):
         raise RecipeError(f"{key}: it has {what}, which cannot be packed; set learner.packing to false")
+
+
+def check_lora(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Each target must be the name, or the end of the name, of linear layers that nothing else shares weights with."""
+    if recipe.learner.lora is None:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if config.tie_word_embeddings:
+        linear = {name for name in linear if model.get_submodule(name) is not model.get_output_embeddings()}
+    unknown = [t for t in recipe.learner.lora.targets if not any(f".{name}".endswith(f".{t}") for name in linear)]
+    if unknown:
+        raise RecipeError(
+            f"learner.lora.targets: {', '.join(unknown)}: no such linear layer in {recipe.policy.model}; choose from "
+            f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}"
+        )
 
 
 def check_reward(reward: Reward) -> UltraRMReward:

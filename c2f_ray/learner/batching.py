@@ -6,7 +6,7 @@ Invariants: every sample is in exactly one micro-batch of one rank; every rank h
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,8 @@ from c2f_ray.algorithms.logprobs import chunks_for
 from c2f_ray.algorithms.packing import layout
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.recipe.schema import LearnerBase
+
+Reference = Callable[..., tuple[Tensor, Tensor]]  # what ResponseLogprobs has, without gradient
 
 
 @dataclass(frozen=True)

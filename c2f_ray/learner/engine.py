@@ -11,12 +11,14 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.algorithms.packing import PACKED
@@ -45,6 +47,10 @@ def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase
 
 def load_policy(policy: Policy, learner: LearnerBase, *, entropy_gradient: bool = False) -> ResponseLogprobs:
     model = _load(AutoModelForCausalLM, policy.model, policy, learner)
+    if learner.lora is not None:
+        from c2f_ray.learner.adapters import add_adapters
+
+        add_adapters(model, learner.lora)
     return ResponseLogprobs(model, entropy_gradient=entropy_gradient)
 
 
@@ -55,12 +61,16 @@ def load_critic(model: str, policy: Policy, learner: LearnerBase) -> ResponseVal
 
 def _load(kind: Any, model: str, policy: Policy, learner: LearnerBase) -> PreTrainedModel:
     """With every dropout off: a rollout's logprobs are those of the whole model. Raises where weights are missing."""
+    dtype = getattr(torch, policy.dtype)
+    # While this object lives, transformers cuts every parameter over the ranks as it loads it.
+    cut = HfDeepSpeedConfig(_config(dtype, learner)) if learner.zero_stage == 3 else None
     loaded, info = kind.from_pretrained(
         model,
-        dtype=getattr(torch, policy.dtype),
+        dtype=dtype,
         attn_implementation=PACKED if learner.packs else "sdpa",
         output_loading_info=True,
     )
+    del cut
     if info["missing_keys"]:
         raise ValueError(f"{model} lacks weights that would start at random: {sorted(info['missing_keys'])[:5]}")
     for module in loaded.modules():
@@ -102,7 +112,9 @@ class TrainedModel:
         self.steps = 0  # taken
         self.num_ranks = learner.ranks
         self.engine: DeepSpeedEngine
-        self.engine, *_ = deepspeed.initialize(model=module, config=_config(module.model.dtype, learner, optimizer))
+        learning: Any = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        config = _config(module.model.dtype, learner, optimizer)
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=learning, config=config)
         self.engine.train()
         # Where DeepSpeed does not tell the gradient's norm.
         self.own_norm = learner.zero_stage == 0 and module.model.dtype == torch.float32
@@ -139,24 +151,42 @@ class TrainedModel:
         return lr, float(norm)
 
 
-def _config(dtype: torch.dtype, learner: LearnerBase, optimizer: Optimizer) -> dict[str, Any]:
+def frozen(module: ResponseLogprobs, learner: LearnerBase) -> nn.Module:
+    """The module on this rank's device, to be run without gradients; under ZeRO-3 cut and offloaded as the policy."""
+    module.eval().requires_grad_(False)
+    if learner.zero_stage < 3:
+        return module.to(get_accelerator().current_device_name())
+    engine, *_ = deepspeed.initialize(model=module, config=_config(module.model.dtype, learner))
+    engine.eval()  # which returns nothing
+    return engine
+
+
+def _config(dtype: torch.dtype, learner: LearnerBase, optimizer: Optimizer | None = None) -> dict[str, Any]:
     passed_on = learner.deepspeed  # without any key that is set here: the recipe is refused otherwise
     zero: dict[str, Any] = {**passed_on.get("zero_optimization", {}), "stage": learner.zero_stage}
-    if learner.offload != "none":
+    if learner.offload != "none" and optimizer is not None:
         zero["offload_optimizer"] = {"device": "cpu"}
     if learner.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
-    adam = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": 1e-8, "weight_decay": optimizer.weight_decay}
-    return passed_on | {
-        # As far as DeepSpeed knows there is one micro-batch; `backward` is told which one is an update's last.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
-        # DeepSpeed's own would need a compiler. Fused it makes no copies of the gradient's size.
-        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        # In bfloat16 the sum over hundreds of micro-batches would lose what each adds.
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
+    trained: dict[str, Any] = {}
+    if optimizer is not None:
+        adam = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": 1e-8, "weight_decay": optimizer.weight_decay}
+        adam |= {"torch_adam": True, "fused": True}  # its own would need a compiler; fused copies no gradient
+        trained = {
+            "optimizer": {"type": "AdamW", "params": adam},
+            "gradient_clipping": optimizer.max_grad_norm,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    return (
+        passed_on
+        | {
+            # As far as DeepSpeed knows there is one micro-batch; `backward` is told which one is an update's last.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": zero,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            # In bfloat16 the sum over hundreds of micro-batches would lose what each adds.
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+        | trained
+    )

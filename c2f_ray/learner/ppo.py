@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, distributed
 
 from c2f_ray.algorithms import gae, importance, kl, ppo
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.algorithms.running import Moments
 from c2f_ray.data.trajectory import Float32, Int64
-from c2f_ray.learner.batching import MicroBatch, Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.batching import MicroBatch, Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.learner.tally import Tally, rollout_metrics
 from c2f_ray.recipe.schema import PPOLearner
@@ -50,7 +49,7 @@ class PPO:
         seed: int,
         rank: int,
         policy: "TrainedModel",
-        reference: ResponseLogprobs | None,
+        reference: Reference | None,
         critic: "TrainedModel",
     ) -> None:
         self.learner = learner

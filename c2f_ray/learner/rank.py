@@ -17,11 +17,10 @@ from ray import ObjectRef
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
 from c2f_ray.checkpoints import sha256, sync
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import NonFiniteUpdateError
-from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.batching import Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
 from c2f_ray.learner.ppo import PPO
@@ -112,14 +111,17 @@ class LearnerRank:
         reference = self._reference(policy, learner.kl_coefficient)
         return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)
 
-    def _reference(self, policy: "TrainedModel", kl_coefficient: float) -> ResponseLogprobs | None:
+    def _reference(self, policy: "TrainedModel", kl_coefficient: float) -> Reference | None:
         """The policy that the run started from, frozen, where a KL coefficient asks for it."""
         from c2f_ray.learner import engine
 
         if kl_coefficient == 0:
             return None
-        reference = engine.load_policy(self.recipe.policy, self.learner)
-        return reference.to(policy.engine.device).eval().requires_grad_(False)
+        if self.learner.lora is not None:
+            from c2f_ray.learner.adapters import without_adapters
+
+            return without_adapters(policy.engine)
+        return engine.frozen(engine.load_policy(self.recipe.policy, self.learner), self.learner)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.
@@ -145,7 +147,9 @@ class LearnerRank:
         self.sender.connect(actors)
 
     def _weights(self) -> ModuleWeights:
-        return ModuleWeights(self.policy.module.model, getattr(torch, self.recipe.policy.dtype), self.policy.whole)
+        lora, dtype = self.learner.lora, getattr(torch, self.recipe.policy.dtype)
+        scale = lora.alpha / lora.rank if lora is not None else 0.0
+        return ModuleWeights(self.policy.module.model, dtype, self.policy.whole, scale)
 
     def send_weights(self, version: int) -> None:
         """The rollout actors hold the policy as it is now, as ``version``, when this returns."""
@@ -204,9 +208,18 @@ class LearnerRank:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
 
     def export(self, folder: Path, chat_template: str) -> None:
-        """Writes the policy as an ordinary Hugging Face folder, one layer at a time in memory."""
+        """Writes the policy as an ordinary Hugging Face folder, one layer at a time in memory.
+
+        Its adapters, where it has some, are merged there, and written by themselves into ``FOLDER_adapter``.
+        """
+        model, start = self.policy.module.model, self.recipe.policy.model
+        if self.learner.lora is not None:
+            from c2f_ray.learner.adapters import save_adapters
+
+            beside = folder.with_name(folder.name + "_adapter")
+            save_adapters(model, self.learner.lora, start, self.policy.whole, beside, write=self.rank == 0)
         if self.rank == 0:
-            export(self.policy.module.model, self._weights(), self.recipe.policy.model, chat_template, folder)
+            export(model, self._weights(), start, chat_template, folder)
         else:
             self._weights().take_part()
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from c2f_ray.algorithms import importance, remax
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
-from c2f_ray.learner.batching import MicroBatch, Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.batching import MicroBatch, Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.learner.tally import Tally, rollout_metrics
 from c2f_ray.recipe.schema import ReMaxLearner
@@ -20,9 +19,7 @@ if TYPE_CHECKING:  # it imports DeepSpeed
 class ReMax:
     """The same on every rank but for ``rank``."""
 
-    def __init__(
-        self, learner: ReMaxLearner, rank: int, policy: "TrainedModel", reference: ResponseLogprobs | None
-    ) -> None:
+    def __init__(self, learner: ReMaxLearner, rank: int, policy: "TrainedModel", reference: Reference | None) -> None:
         self.learner = learner
         self.rank = rank
         self.policy = policy

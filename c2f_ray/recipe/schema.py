@@ -162,6 +162,14 @@ class Optimizer(Section):
     max_grad_norm: Positive = 1.0  # ReMax's code
 
 
+class Lora(Section):
+    """LoRA (arXiv 2106.09685): a target's weight W becomes W + alpha / rank * B A, and only A and B learn."""
+
+    rank: Count
+    alpha: Positive
+    targets: Annotated[list[str], Field(min_length=1)]  # names of linear layers, such as q_proj
+
+
 class LearnerBase(Section):
     ranks: Count = 1
     gpus_per_rank: Annotated[int, Field(ge=0, le=1)] = 1
@@ -170,6 +178,7 @@ class LearnerBase(Section):
     gradient_checkpointing: bool = False
     tokens_per_microbatch: Count = 16384  # padding included: longest sequence times sequences, where not packed
     packing: bool | None = None  # sequences one after the other, without padding; null: on GPUs
+    lora: Lora | None = None  # adapters of the policy; null trains all its weights
     optimizer: Optimizer
     max_bad_updates: Count = 3  # stop the run after so many updates in a row that were not finite
     deepspeed: dict[str, Any] = {}  # the rest of DeepSpeed's own configuration, passed on as it is

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+ADAPTED = ".base_layer."  # in PEFT's name of a weight that has an adapter
 Gather = Callable[[list[Parameter]], AbstractContextManager[object]]
 
 
@@ -36,10 +37,14 @@ class ModuleWeights:
     `gather` makes a list of parameters whole while its context is open; `deepspeed.zero.GatheredParameters` is one.
     One decoder layer is whole at a time. Tied parameters are sent once, under their first name. Names are the module's,
     which for dense models are the hub's; transformers 5 fuses a mixture's experts under names that vLLM refuses.
+    Low-rank adapters are merged into the weights that they belong to: W + ``adapter_scale`` * B A.
     """
 
-    def __init__(self, module: Module, dtype: torch.dtype, gather: Gather = no_gather) -> None:
+    def __init__(
+        self, module: Module, dtype: torch.dtype, gather: Gather = no_gather, adapter_scale: float = 0.0
+    ) -> None:
         self.module = module
+        self.adapter_scale = adapter_scale
         self.dtype = dtype
         self.gather = gather
         self.sums: list[Tensor] = []
@@ -47,8 +52,9 @@ class ModuleWeights:
     def metadata(self) -> list[TensorInfo]:
         """The manifest. Gathers nothing: a ZeRO-3 parameter carries its full shape as `ds_shape`."""
         return [
-            TensorInfo(name, self.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            TensorInfo(_plain(name), self.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
             for name, parameter in self.module.named_parameters()
+            if not is_adapter(name)
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -56,10 +62,20 @@ class ModuleWeights:
         self.sums = []
         for layer in self._layers():
             with self.gather([parameter for _, parameter in layer]):
-                for name, parameter in layer:
-                    tensor = parameter.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+                parameters = dict(layer)
+                for name in (name for name, _ in layer if not is_adapter(name)):
+                    tensor = self._merged(name, parameters)
                     self.sums.append(_integer_sum(tensor))
-                    yield name, tensor
+                    yield _plain(name), tensor
+
+    def _merged(self, name: str, layer: dict[str, Parameter]) -> Tensor:
+        """A copy of the layer's parameter, its adapter added in float32 if it has one, and rounded once."""
+        module, _, kind = name.rpartition(ADAPTED)
+        adapter = f"{module}.lora_A.default.{kind}"
+        if adapter not in layer:
+            return layer[name].detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        a, b = layer[adapter].detach(), layer[f"{module}.lora_B.default.{kind}"].detach()
+        return (layer[name].detach().float() + self.adapter_scale * (b.float() @ a.float())).to(self.dtype)
 
     def take_part(self) -> None:
         """A rank that does not send: opens and closes the gathers of one iteration."""
@@ -74,6 +90,16 @@ class ModuleWeights:
     def _layers(self) -> Iterator[list[tuple[str, Parameter]]]:
         for _, layer in groupby(self.module.named_parameters(), key=lambda item: _layer(item[0])):
             yield list(layer)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is PEFT's, not the model's own."""
+    return ".lora_" in name
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in the model without adapters."""
+    return name.replace(ADAPTED, ".")
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:

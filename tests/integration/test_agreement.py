@@ -19,12 +19,16 @@ PROMPT_TOKENS = 200  # longer than a KV block, which has 128 tokens on the CPU
 
 
 @pytest.fixture
-def recipe(world: Path) -> Recipe:
+def recipe(request: pytest.FixtureRequest, world: Path) -> Recipe:
     paths = {"policy.model": "base", "policy.chat_template": "instruct/chat_template.jinja", "reward.model": "reward"}
     overrides = [f"{key}={world / path}" for key, path in paths.items()]
-    return load_recipe(TINY, "run.steps=3", "learner.optimizer.lr=1e-2", *overrides)
+    return load_recipe(TINY, "run.steps=3", "learner.optimizer.lr=1e-2", *overrides, *request.param)
 
 
+LORA = ["learner.lora={rank: 4, alpha: 8, targets: [q_proj, up_proj]}", "learner.zero_stage=3"]
+
+
+@pytest.mark.parametrize("recipe", [[], LORA], ids=["all_weights", "lora_zero3"], indirect=True)
 def test_engine_and_learner_agree_after_every_transfer(recipe: Recipe, cluster: None, tmp_path: Path):
     """Checksums equal bit for bit, logprobs to 1e-4, for long prompts that were asked before the transfer too.
 

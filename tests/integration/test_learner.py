@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -115,6 +116,7 @@ def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamesp
         if update == 0:
             run.gradients = ray.get([rank.__ray_call__.remote(clipped_gradients) for rank in group.ranks])[0]
     run.logprobs = group.logprobs(shards(trajectories(0), order))
+    run.reference = ray.get([rank.__ray_call__.remote(elements_of_reference) for rank in group.ranks])
     group.export(folder, "{{ messages }}")
     ray.get(
         [
@@ -125,6 +127,11 @@ def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamesp
     group.close()
     run.weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return run
+
+
+def elements_of_reference(rank) -> int:
+    """That a rank owns."""
+    return sum(getattr(p, "ds_tensor", p).numel() for p in rank.algorithm.reference.parameters())
 
 
 def export_in_small_shards(rank, folder: Path) -> None:
@@ -143,6 +150,7 @@ def clipped_gradients(rank) -> dict:
     moments = {
         name: optimizer.state[p]["exp_avg"] if without_zero else safe_get_full_optimizer_state(p, "exp_avg")
         for name, p in rank.policy.module.model.named_parameters()
+        if p.requires_grad
     }
     return {name: moment.clone() / 0.1 for name, moment in moments.items()}
 
@@ -161,11 +169,17 @@ def runs(cluster, policy, tmp_path_factory) -> SimpleNamespace:
     )
 
 
-def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
-    """The same updates with nothing but torch: one sequence at a time, loops over tokens, torch's AdamW and clip."""
+def plain_updates(policy: Path, dtype: torch.dtype, adapter: Path | None = None) -> SimpleNamespace:
+    """The same updates with nothing but torch: one sequence at a time, loops over tokens, torch's AdamW and clip.
+
+    With nothing but PEFT as well, where there is an adapter to learn in the model's place.
+    """
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     reference = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learning.values(), betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     plain = SimpleNamespace(loss=[], kl=[], norm=[])
     for update, lr in enumerate([LR, LR]):  # warm-up's only update, then the first of the linear fall
         everything, scores = trajectories(update), batch(update)
@@ -183,16 +197,16 @@ def plain_updates(policy: Path, dtype: torch.dtype) -> SimpleNamespace:
             tokens += len(response)
         loss = loss / tokens
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(learning.values(), MAX_GRAD_NORM)
         if update == 0:
-            plain.gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            plain.gradients = {name: p.grad.clone() for name, p in learning.items()}
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         plain.loss.append(loss.item())
         plain.kl.append(kl_sum / len(scores.sample_id))
         plain.norm.append(norm.item())
-    plain.weights = model.state_dict()
+    plain.weights = (model if adapter is None else model.merge_and_unload()).state_dict()
     return plain
 
 
@@ -332,6 +346,12 @@ def test_the_exported_folder_is_the_learners_policy(runs, policy):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (runs.two.folder / file).read_bytes() == (policy / file).read_bytes()
     assert not runs.two.folder.with_name("two.partial").exists()
+
+
+def test_under_zero3_each_rank_owns_half_of_the_reference(runs):
+    whole = sum(tensor.numel() for tensor in runs.two.weights.values())
+    assert runs.two.reference == [whole, whole]
+    assert runs.zero3_small.reference == [whole // 2, whole // 2]
 
 
 @pytest.mark.parametrize("name", ["two", "zero3_small"])

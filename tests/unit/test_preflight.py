@@ -218,6 +218,16 @@ def test_a_policy_that_cannot_be_packed(folder: Path):
     )
 
 
+def test_lora_targets_that_are_no_linear_layers(folder: Path):
+    layers = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    where = "no such linear layer in .cache/tiny/base; choose from "
+    targets = "learner.lora={rank: 4, alpha: 8, targets: [q_proj, lm_head, mlp, roj, layers.1.mlp.up_proj]}"
+    assert problems(targets) == (f"learner.lora.targets: mlp, roj: {where}{layers}",)
+    config = json.loads((folder / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    assert problems(targets) == (f"learner.lora.targets: lm_head, mlp, roj: {where}{layers.replace(' lm_head,', '')}",)
+
+
 def test_an_unbuilt_reward_says_so(folder: Path):
     recipe = load_recipe(CONFIGS / "tiny.yaml", "reward={kind: function, function: 'c2f_ray.tiny.task:accuracy'}")
     with pytest.raises(NotBuiltError, match=r"reward.kind: 'function' cannot be run yet"):
