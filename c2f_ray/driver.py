@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
-from c2f_ray.checkpoints import RunState, prune_checkpoints, write_checkpoint
+from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
 from c2f_ray.data.prompts import draw
 from c2f_ray.data.texts import save_trajectories
 from c2f_ray.data.trajectory import Float32, TrajectoryInfo
-from c2f_ray.errors import C2FError, NonFiniteUpdateError
+from c2f_ray.errors import C2FError, DeadlineError, LearnerLostError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
@@ -107,11 +108,7 @@ class Training:
         self.prompts = ray.put(prompts)
         self.policy_config = checked.policy_config
         self.resume = checked.resume
-        self.state = (
-            checked.resume.state
-            if checked.resume
-            else RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
-        )
+        self.state = checked.resume.state if checked.resume else first_state(recipe)
         self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
         self.seconds: dict[str, float] = {}
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
@@ -122,7 +119,10 @@ class Training:
         self.rewards = stack.enter_context(
             closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, ray.put(prompts.messages)))
         )
-        self.learner = stack.enter_context(closing(LearnerGroup(recipe, checked.total_steps)))
+        self.learner = LearnerGroup(recipe, checked.total_steps)
+        stack.callback(lambda: self.learner.close())  # whichever it is then
+        self.connected: list[Any] = []  # the rollout actors that are in the learner's transfer group
+        self.learner_restarts_left = recipe.cluster.max_restarts
         self.learner.wait_until_ready()
         self.rollouts.wait_until_ready()
         self.rewards.wait_until_ready()
@@ -131,17 +131,69 @@ class Training:
         if self.resume:
             progress.stage("loading the checkpoint")
             self.learner.load(self.resume.folder)
-        self.learner.connect(self.rollouts.actors)
-        self.learner.send_weights(self.state.weight_version)
-        self.begin(progress)
-        while not self.finished():
-            metrics = self.step(progress)
-            log.write(metrics)
-            progress.step(metrics)
-            if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
-                progress.stage("checkpoint")
-                self.checkpoint()
-        self.end(progress)
+        lost: LearnerLostError | None = None
+        done = False
+        while not done:
+            try:
+                if lost:
+                    self.restart_learner(lost, progress, log)
+                    lost = None
+                self.send_weights()
+                self.begin(progress)
+                while not self.finished():
+                    metrics = self.step(progress)
+                    log.write(metrics)
+                    progress.step(metrics)
+                    if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
+                        progress.stage("checkpoint")
+                        self.checkpoint()
+                self.end(progress)
+                done = True
+            except LearnerLostError as error:
+                lost = error
+
+    def restart_learner(self, lost: LearnerLostError, progress: Progress, log: MetricsLog) -> None:
+        """A new learner goes on from the newest checkpoint; engines and reward workers stay."""
+        if self.learner_restarts_left == 0:
+            raise lost
+        self.learner_restarts_left -= 1
+        self.learner.close()
+        self.wait_for_saved_trajectories(0)
+        checkpoint, notes = newest_checkpoint(self.folder)
+        self.state = checkpoint.state if checkpoint else first_state(self.recipe)
+        for note in [str(lost), *notes, f"the learner starts again; the run goes on after step {self.state.step}"]:
+            progress.note(note)
+        log.go_back(self.state.step)
+        self.learner = LearnerGroup(self.recipe, self.total_steps)
+        self.connected = []
+        self.learner.wait_until_ready()
+        if checkpoint:
+            self.learner.load(checkpoint.folder)
+
+    def send_weights(self) -> None:
+        """All engines that there are get the learner's weights; what dies on the way is replaced, and joins later.
+
+        Raises LearnerLostError; what the transfer raised when it fails though every engine answers.
+        """
+        while True:
+            actors = self.rollouts.take_started()
+            try:
+                if actors != self.connected:
+                    self.learner.connect(actors)
+                    self.connected = actors
+                self.learner.send_weights(self.state.weight_version)
+                return
+            except LearnerLostError:
+                raise
+            except (DeadlineError, RayTaskError):  # told by the rank that sends
+                self.connected = []
+                if not self.rollouts.replace_dead():
+                    raise
+
+    def revive(self) -> None:
+        """In the middle of generation no engine is left: new ones start, and get the weights of the old."""
+        self.rollouts.wait_until_ready()
+        self.send_weights()
 
     def begin(self, progress: Progress) -> None:
         """Before the first step, with the engines' weights in place."""
@@ -166,7 +218,7 @@ class Training:
             learned = self.learn(rollouts, batch)
         with self.timed("weights", progress):
             self.state.weight_version += 1
-            self.learner.send_weights(self.state.weight_version)
+            self.send_weights()
 
         sampled = ~rollouts.info.greedy
         rewards = rollouts.rewards[sampled]
@@ -274,7 +326,8 @@ class Training:
         infos: list[TrajectoryInfo] = []
         with self.timed("rollout", progress):
             reward_refs = []
-            for shard, info in self.rollouts.generate(requests, limit, ordered=self.recipe.run.deterministic):
+            ordered = self.recipe.run.deterministic
+            for shard, info in self.rollouts.generate(requests, limit, ordered, self.revive):
                 shards.append(shard)
                 infos.append(info)
                 reward_refs.append(self.rewards.submit(shard))
@@ -319,6 +372,10 @@ class Training:
         began = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - began
+
+
+def first_state(recipe: Recipe) -> RunState:
+    return RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
 
 
 def request_seed(run_seed: int, prompt_id: str, epoch: int, sample: int) -> int:

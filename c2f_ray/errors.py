@@ -31,6 +31,10 @@ class ActorDiedError(C2FError, RuntimeError):
     """An actor's process ended, or its model could not be loaded. The text names the actor and the cause."""
 
 
+class LearnerLostError(ActorDiedError, DeadlineError):
+    """A learner rank's process ended, or did not answer in time. The text names the ranks."""
+
+
 class WeightMismatchError(C2FError, RuntimeError):
     """An engine and the learner hold different weights after a transfer."""
 

@@ -12,7 +12,7 @@ from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from c2f_ray.data.trajectory import Float32
-from c2f_ray.errors import ActorDiedError, DeadlineError
+from c2f_ray.errors import LearnerLostError
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.recipe.schema import Recipe
@@ -81,10 +81,10 @@ class LearnerGroup:
         try:
             return ray.get(refs, timeout=timeout_s)
         except RayActorError as error:
-            raise ActorDiedError(f"learner {method}: a rank died: {error}") from error
+            raise LearnerLostError(f"learner {method}: a rank died: {error}") from error
         except GetTimeoutError:
             answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             silent = [str(rank) for rank, ref in enumerate(refs) if ref not in answered]
-            raise DeadlineError(
+            raise LearnerLostError(
                 f"learner {method}: no answer from rank {', '.join(silent)} of {len(refs)} after {timeout_s:g} s"
             ) from None

@@ -1,22 +1,26 @@
 """The rollout actors, seen from the driver.
 
-Invariant: the driver holds references to shards and reads only their `TrajectoryInfo`. A shard is the return value of
-an actor's call, so the driver owns it and it outlives the actor.
+Invariants: the driver holds references to shards and reads only their `TrajectoryInfo`; a shard is the return value of
+an actor's call, so the driver owns it and it outlives the actor; a dead actor is replaced, its replacement serves
+nothing before a transfer has brought it weights, and only what the dead one still owed is asked for again.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby, pairwise
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from c2f_ray.data.trajectory import TrajectoryInfo
-from c2f_ray.errors import DeadlineError
+from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat, engine_env
 from c2f_ray.waiting import wait_for, wait_for_start
+
+PING_S = 20.0  # for an idle actor to answer
 
 
 class RolloutPool:
@@ -32,55 +36,124 @@ class RolloutPool:
             "runtime_env": {"env_vars": {**engine_env(gpus), "RAY_max_direct_call_object_size": "0"}},
         }
         self.timeout_s = rollout.timeout_s
-        remote: Any = ray.remote(RolloutActor)
-        self.actors = [
-            remote.options(**options).remote(recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format)
-            for _ in range(rollout.actors)
-        ]
-        self.started = [actor.ready.remote() for actor in self.actors]
         self.start_timeout_s = recipe.cluster.start_timeout_s
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
+        self.restarts_left = recipe.cluster.max_restarts
+        remote: Any = ray.remote(RolloutActor).options(**options)
+        self.new_actor = lambda: remote.remote(recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format)
+        self.actors = [self.new_actor() for _ in range(rollout.actors)]
+        self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
 
     def wait_until_ready(self) -> None:
-        wait_for_start(self.started, self.start_timeout_s, "rollout actors", self.needs)
+        """All actors, replacements too, have built their engines."""
+        wait_for_start(list(self.starting.values()), self.start_timeout_s, "rollout actors", self.needs)
+        self.starting = {}
+
+    @property
+    def serving(self) -> list[int]:
+        """Numbers of the actors that are no replacements still on their way."""
+        return [number for number in range(len(self.actors)) if number not in self.starting]
+
+    def replace(self, number: int, cause: object) -> None:
+        """Starts another actor in the place of a dead one. Raises ActorDiedError when that was done too often."""
+        if self.restarts_left == 0:
+            raise ActorDiedError(f"rollout actor {number} died, and cluster.max_restarts is used up: {cause}")
+        self.restarts_left -= 1
+        ray.kill(self.actors[number])  # one that hangs still has its GPUs
+        self.actors[number] = self.new_actor()
+        self.starting[number] = self.actors[number].ready.remote()
+
+    def take_started(self) -> list[Any]:
+        """The actors that have built their engines, replacements among them; waits where there is none."""
+        if self.starting:
+            refs = list(self.starting.values())
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            self.starting = {number: ref for number, ref in self.starting.items() if ref not in done}
+        if not self.serving:
+            self.wait_until_ready()
+        return [self.actors[number] for number in self.serving]
+
+    def replace_dead(self) -> list[int]:
+        """Replaces the actors that do not answer, now that none has work; returns their numbers."""
+        answers = {number: self.actors[number].ready.remote() for number in self.serving}
+        dead: list[int] = []
+        for number, answer in answers.items():
+            try:
+                ray.get(answer, timeout=PING_S)
+            except (RayActorError, GetTimeoutError) as error:
+                self.replace(number, error)
+                dead.append(number)
+        return dead
 
     def generate(
-        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool
+        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool, revive: Callable[[], None] | None = None
     ) -> Iterator[tuple[Any, TrajectoryInfo]]:
         """Yields (reference to Trajectories, its info) as shards finish; see `RolloutActor.generate`.
 
-        Each actor gets consecutive requests. Raises DeadlineError after `rollout.timeout_s`, naming who owes what.
+        Each actor gets consecutive requests. What one owed when it died goes to another; with `ordered` that leaves
+        the composition of every shard as it was. `revive` is called when none is left, and brings replacements their
+        weights; without it the death is raised. Raises DeadlineError after `rollout.timeout_s`, naming who owes what.
         """
-        parts = split(requests, len(self.actors))
-        missing = [len(part) for part in parts]
-        streams: dict[Any, int] = {
-            actor.generate.remote(part, max_tokens, ordered): number
-            for number, (actor, part) in enumerate(zip(self.actors, parts, strict=True))
-            if part
-        }
         deadline = time.monotonic() + self.timeout_s
-        shards: dict[int, Any] = {}  # references whose info has not come yet, by actor
-        while streams:
+        streams: dict[Any, _Stream] = {}
+        owed: list[list[RolloutRequest]] = split(requests, len(self.actors))  # not yet given to an actor
+        while streams or any(owed):
+            for part in filter(None, owed):
+                if not self.serving:
+                    assert revive is not None
+                    began = time.monotonic()
+                    revive()
+                    deadline += time.monotonic() - began
+                load = dict.fromkeys(self.serving, 0)
+                for stream in streams.values():
+                    load[stream.number] += len(stream.missing)
+                number = min(load, key=lambda number: load[number])
+                stream = _Stream(number, {request.sample_id: request for request in part})
+                streams[self.actors[number].generate.remote(part, max_tokens, ordered)] = stream
+            owed = []
             ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
             if not ready:
-                owing = [f"rollout actor {i}: {n} of {len(parts[i])} samples" for i, n in enumerate(missing) if n]
-                raise DeadlineError(f"after {self.timeout_s:g} s these are missing: {'; '.join(owing)}")
-            stream: Any = ready[0]
-            number = streams[stream]
-            reference = next(stream, None)
-            if reference is None:
-                del streams[stream]
-                if number in shards:  # not a shard: the error that ended the actor's call
-                    self._read(shards[number], number, missing[number])
-            elif number not in shards:
-                shards[number] = reference
-            else:
-                info = self._read(reference, number, missing[number])
-                missing[number] -= len(info)
-                yield shards.pop(number), info
+                owing = [
+                    f"rollout actor {stream.number}: {len(stream.missing)} of {stream.asked} samples"
+                    for stream in streams.values()
+                ]
+                silent = DeadlineError(f"after {self.timeout_s:g} s these are missing: {'; '.join(owing)}")
+                if revive is None:
+                    raise silent
+                for number in {stream.number for stream in streams.values()}:
+                    owed += self._give_up(number, streams, silent)
+                deadline = time.monotonic() + self.timeout_s
+                continue
+            key: Any = ready[0]
+            stream = streams[key]
+            try:
+                reference = next(key, None)
+                if reference is None:
+                    if stream.shard is not None:  # not a shard: the error that ended the actor's call
+                        self._read(stream.shard, stream)
+                    del streams[key]
+                elif stream.shard is None:
+                    stream.shard = reference
+                else:
+                    info = self._read(reference, stream)
+                    for sample_id in info.sample_id.tolist():
+                        del stream.missing[sample_id]
+                    shard, stream.shard = stream.shard, None
+                    yield shard, info
+            except ActorDiedError as error:
+                if revive is None:
+                    raise
+                owed = self._give_up(stream.number, streams, error)
 
-    def _read(self, reference: Any, number: int, missing: int) -> TrajectoryInfo:
-        return wait_for(reference, self.timeout_s, f"rollout actor {number}, which owes {missing} samples")
+    def _give_up(self, number: int, streams: dict[Any, "_Stream"], cause: object) -> list[list[RolloutRequest]]:
+        """Replaces an actor; takes its calls out of `streams`, and returns what each of them owed."""
+        self.replace(number, cause)
+        lost = [key for key, stream in streams.items() if stream.number == number]
+        return [list(streams.pop(key).missing.values()) for key in lost]
+
+    def _read(self, reference: Any, stream: "_Stream") -> TrajectoryInfo:
+        what = f"rollout actor {stream.number}, which owes {len(stream.missing)} samples"
+        return wait_for(reference, self.timeout_s, what)
 
     def load_folder(self, folder: str, prompt_tokens: Any) -> None:
         """Every engine takes another model of the same architecture, and a reference to the prompts for it."""
@@ -90,6 +163,16 @@ class RolloutPool:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+class _Stream:
+    """One call of an actor's `generate`."""
+
+    def __init__(self, number: int, missing: dict[int, RolloutRequest]) -> None:
+        self.number = number  # of the actor
+        self.missing = missing  # requests whose samples have not come, by sample id
+        self.asked = len(missing)
+        self.shard: Any = None  # a reference whose info has not come yet
 
 
 def split(requests: list[RolloutRequest], parts: int) -> list[list[RolloutRequest]]:

@@ -20,15 +20,24 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
+        self._folder = folder
+        self._open(step)
+
+    def go_back(self, step: int) -> None:
+        """Drops what came after ``step``, the last that stands now."""
+        self.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # seconds of import that reading needs not
 
-        path = folder / "metrics.jsonl"
+        path = self._folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if (line["step"] or 0) <= step] if path.exists() else []
         aside = path.with_suffix(".partial")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.rename(path)
         self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write one step's line, flushed; ``metrics`` includes ``step``, counted from 1."""
