@@ -41,7 +41,7 @@ def policy(tmp_path_factory) -> Path:
 def run(request, cluster, policy, tmp_path_factory) -> SimpleNamespace:
     """UPDATES updates by two ranks, exported before and after them."""
     folder = tmp_path_factory.mktemp("run")
-    group = LearnerGroup(recipe(policy, ranks=2, zero_stage=request.param, tokens_per_microbatch=SMALL, lora=LORA), 2)
+    group = LearnerGroup(recipe(policy, ranks=2, zero_stage=request.param, tokens_per_microbatch=SMALL, lora=LORA), 3)
     group.wait_until_ready()
     group.export(folder / "start", "{{ messages }}")
     run = SimpleNamespace(folder=folder, metrics=[])
@@ -53,6 +53,10 @@ def run(request, cluster, policy, tmp_path_factory) -> SimpleNamespace:
     group.export(folder / "coarse", "{{ messages }}")
     (folder / "checkpoint").mkdir()
     group.save(folder / "checkpoint")
+    group.update(shards(trajectories(2)), batch(2))
+    group.export(folder / "after", "{{ messages }}")
+    group.load(folder / "checkpoint")
+    group.export(folder / "back", "{{ messages }}")
     group.close()
     return run
 
@@ -107,6 +111,14 @@ def test_peft_loads_the_exported_adapter(run, policy):
         merged = AutoModelForCausalLM.from_pretrained(run.folder / "coarse")(ids).logits
         torch.testing.assert_close(peft, merged, rtol=0, atol=1e-5)
         assert (merged - AutoModelForCausalLM.from_pretrained(policy)(ids).logits).abs().max() > 1e-4
+
+
+def test_a_checkpoint_brings_the_adapters_back(run):
+    for file in ("coarse/model.safetensors", "coarse_adapter/adapter_model.safetensors"):
+        coarse, after, back = (
+            (run.folder / file.replace("coarse", name)).read_bytes() for name in ("coarse", "after", "back")
+        )
+        assert back == coarse != after
 
 
 def test_a_checkpoint_holds_the_adapters_alone(run):
