@@ -236,14 +236,18 @@ def loop_over_tokens(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float
 
 
 def batching() -> dict[str, Figure]:
-    """512 samples over 8 ranks in micro-batches of 16,384 tokens, ten times.
+    """512 samples over 8 ranks in micro-batches of 16,384 tokens, ten times: packed as on GPUs, padded as on CPUs.
 
     Balance is the tokens that all ranks wait for, the largest of each round of micro-batches, over their even share.
     """
+    return batching_of(packing=True, name="") | batching_of(packing=False, name="_padded")
+
+
+def batching_of(*, packing: bool, name: str) -> dict[str, Figure]:
     waste, imbalance = [], []
     for seed in range(10):
         lengths = long_tailed(512, 256, 16, 2048, seed)
-        samples = Samples([rollouts(lengths // 2, lengths - lengths // 2, seed)])
+        samples = Samples([rollouts(lengths // 2, lengths - lengths // 2, seed)], packing=packing)
         settings, everything = recipe("none", "remax", reference=False, ranks=8).learner, np.arange(512)
         computed = np.array(
             [
@@ -256,7 +260,7 @@ def batching() -> dict[str, Figure]:
         )  # [rank, micro-batch]
         waste.append(float(1 - lengths.sum() / computed.sum()))
         imbalance.append(float(computed.max(0).sum() / (computed.sum() / 8) - 1))
-    return {"padding_waste": figure(waste), "microbatch_imbalance": figure(imbalance)}
+    return {f"padding_waste{name}": figure(waste), f"microbatch_imbalance{name}": figure(imbalance)}
 
 
 def on_gpu(folder: Path) -> dict[str, Figure]:

@@ -88,17 +88,21 @@ def _describe(detail: ErrorDetails) -> str:
     """One line for one of pydantic's errors. Its location holds the tag of each union passed; ours does not."""
     keys: list[str] = []
     model: Any = Recipe
+    siblings: dict[str, type[BaseModel]] = {}  # of `model`, where it is one of a union's
     for part in detail["loc"]:
         if isinstance(part, str) and part not in _fields(model) and part in _variants(model):
-            model = _variants(model)[part]
+            siblings = _variants(model)
+            model = siblings[part]
             continue
         keys.append(str(part))
         if detail["type"] != "extra_forbidden" or part in _fields(model):
-            model = _fields(model).get(str(part), object)
+            model, siblings = _fields(model).get(str(part), object), {}
     dotted = ".".join(keys) or "recipe"
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], _fields(model), n=1, cutoff=0.5)
         parent = ".".join(keys[:-1])
+        if owners := [tag for tag, sibling in siblings.items() if keys[-1] in _fields(sibling)]:
+            return f"{dotted}: a setting of {' and '.join(owners)} only; leave it out, or change what {parent} is"
         if near:
             return f"{dotted}: unknown key; did you mean {'.'.join([*keys[:-1], near[0]])}?"
         return f"{dotted}: unknown key; {parent or 'a recipe'} takes {', '.join(_fields(model))}"

@@ -54,6 +54,22 @@ def test_recipes_are_checked_without_torch():
         ),
         ("run.epochs=2", "run: give exactly one of steps and epochs"),
         ("length.start_tokens=200", "length: start_tokens 200 is more than max_tokens 96"),
+        (
+            "learner.critic={model: policy}",
+            "learner.critic: a setting of ppo only; leave it out, or change what learner is",
+        ),
+        (
+            "learner.minibatches=4",
+            "learner.minibatches: a setting of ppo only; leave it out, or change what learner is",
+        ),
+        (
+            "learner.deepspeed={bf16: {enabled: true}}",
+            "learner: deepspeed: bf16 is what policy.dtype decides; set that instead",
+        ),
+        (
+            "learner.deepspeed={zero_optimization: {stage: 3}}",
+            "learner: deepspeed: zero_optimization.stage is what learner.zero_stage decides; set that instead",
+        ),
         ("learner.gamma=0.9", "learner: gamma 0.9 has no effect with kl_penalty full_step; leave it out"),
         ("run.steps", "run.steps: an override is written key=value, such as learner.optimizer.lr=5e-7"),
     ],
@@ -106,7 +122,10 @@ def test_offload_needs_its_stage():
             "learner={algorithm: ppo, optimizer: {lr: 1.0e-3}, gpus_per_rank: 0}",
             "learner.critic: missing; it has no default",
         ),
-        ("learner.kl_penalty=one_step", "learner.kl_penalty: unknown key; did you mean learner.kl_estimator?"),
+        (
+            "learner.kl_penalty=one_step",
+            "learner.kl_penalty: a setting of remax only; leave it out, or change what learner is",
+        ),
     ],
 )
 def test_ppo_settings_with_no_effect_are_refused(override: str, problem: str):
@@ -116,7 +135,7 @@ def test_ppo_settings_with_no_effect_are_refused(override: str, problem: str):
 
 
 def test_ppo_settings_are_unknown_to_remax():
-    with pytest.raises(RecipeError, match="learner.epochs: unknown key"):
+    with pytest.raises(RecipeError, match="learner.epochs: a setting of ppo and rejection_sampling only; leave it out"):
         load_recipe(TINY, "learner.epochs=2")
 
 
