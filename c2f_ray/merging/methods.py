@@ -67,12 +67,12 @@ def copied_role(method: str, ratio: float, settings: Settings) -> str | None:
     return "instruct" if ratio == 0 and added_whole and not trimmed else None
 
 
-def residue(instruct: Tensor, coarse: Tensor, base: Tensor, ratio: float) -> Tensor:
+def residue(instruct: Tensor, delta_c: Tensor, ratio: float) -> Tensor:
     """Knowledge Residue Merger: ``instruct + r * delta_c``.
 
     Mistral-C2F (arXiv 2406.08657) names it and publishes no formula: this one is ours.
     """
-    return (coarse - base).mul_(ratio).add_(instruct)
+    return (delta_c * ratio).add_(instruct)
 
 
 def interpolate(instruct: Tensor, coarse: Tensor, ratio: float) -> Tensor:
@@ -80,9 +80,9 @@ def interpolate(instruct: Tensor, coarse: Tensor, ratio: float) -> Tensor:
     return _weighted(instruct, 1 - ratio, coarse, ratio)
 
 
-def task_arithmetic(instruct: Tensor, coarse: Tensor, base: Tensor, ratio: float, scale: float) -> Tensor:
+def task_arithmetic(base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float) -> Tensor:
     """``base + s * (delta_i + r * delta_c)``: arXiv 2212.04089, section 2, with a weight for the second task vector."""
-    return (coarse - base).mul_(ratio).add_(instruct - base).mul_(scale).add_(base)
+    return (delta_c * ratio).add_(delta_i).mul_(scale).add_(base)
 
 
 def slerp(instruct: Tensor, coarse: Tensor, ratio: float, cosine: float) -> Tensor:
@@ -96,15 +96,14 @@ def slerp(instruct: Tensor, coarse: Tensor, ratio: float, cosine: float) -> Tens
     return _weighted(instruct, sin((1 - ratio) * angle) / sin(angle), coarse, sin(ratio * angle) / sin(angle))
 
 
-def ties(instruct: Tensor, coarse: Tensor, base: Tensor, ratio: float, scale: float, whole: Whole) -> Tensor:
+def ties(base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float, whole: Whole) -> Tensor:
     """TIES (arXiv 2306.01708, algorithm 1) with weights 1 and r for the deltas.
 
     Trim: elements below the whole tensor's threshold become 0. Elect: the sign of ``delta_i + r * delta_c``, where 0
     counts as plus. Merge: the weighted mean of the deltas of that sign, 0 where there is none; times s, onto the base.
     """
-    delta_i, delta_c = instruct - base, coarse - base
-    delta_i.masked_fill_(delta_i.abs() < whole.instruct_threshold, 0)
-    delta_c.masked_fill_(delta_c.abs() < whole.coarse_threshold, 0)
+    delta_i = delta_i.masked_fill(delta_i.abs() < whole.instruct_threshold, 0)
+    delta_c = delta_c.masked_fill(delta_c.abs() < whole.coarse_threshold, 0)
     plus = delta_c * ratio + delta_i >= 0
     agree_i = torch.where(plus, delta_i > 0, delta_i < 0).float()
     agree_c = torch.where(plus, delta_c > 0, delta_c < 0).float().mul_(ratio)
@@ -114,60 +113,69 @@ def ties(instruct: Tensor, coarse: Tensor, base: Tensor, ratio: float, scale: fl
 
 
 def dare(
-    instruct: Tensor, coarse: Tensor, base: Tensor, ratio: float, scale: float, factors: Mapping[str, Tensor]
+    base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float, factors: Mapping[str, Tensor]
 ) -> Tensor:
     """DARE (arXiv 2311.03099, equations 1 to 3) before task arithmetic.
 
     ``factors`` holds by role, for each element of a delta, 0 (dropped) or 1 / density (kept): `drop_factors`.
     """
-    delta_i, delta_c = (instruct - base).mul_(factors["instruct"]), (coarse - base).mul_(factors["coarse"])
-    return delta_c.mul_(ratio).add_(delta_i).mul_(scale).add_(base)
+    kept_i, kept_c = delta_i * factors["instruct"], delta_c * factors["coarse"]
+    return kept_c.mul_(ratio).add_(kept_i).mul_(scale).add_(base)
+
+
+def widen(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `merge_piece` takes: the models in float32 by role and, where the base model is among them, the deltas."""
+    wide = {role: values.float() for role, values in inputs.items()}
+    if "base" in wide:
+        wide |= {"delta_i": wide["instruct"] - wide["base"], "delta_c": wide["coarse"] - wide["base"]}
+    return wide
 
 
 def merge_piece(
     method: str,
-    inputs: Mapping[str, Tensor],
+    wide: Mapping[str, Tensor],
     ratio: float,
     settings: Settings,
     whole: Whole,
     factors: Mapping[str, Tensor],
 ) -> Tensor:
-    """One piece of a tensor by the method of that name; ``inputs`` holds float32 by role and is not changed."""
-    models = {role: inputs[role] for role in ROLES[method]}
+    """One piece of a tensor by the method of that name; ``wide``, of `widen`, is not changed."""
     match method:
         case "residue":
-            return residue(**models, ratio=ratio)
+            return residue(wide["instruct"], wide["delta_c"], ratio)
         case "interpolate":
-            return interpolate(**models, ratio=ratio)
-        case "task_arithmetic":
-            return task_arithmetic(**models, ratio=ratio, scale=settings.scale)
+            return interpolate(wide["instruct"], wide["coarse"], ratio)
         case "slerp":
-            return slerp(**models, ratio=ratio, cosine=whole.cosine)
+            return slerp(wide["instruct"], wide["coarse"], ratio, whole.cosine)
+    onto_base = (wide["base"], wide["delta_i"], wide["delta_c"], ratio, settings.scale)
+    match method:
+        case "task_arithmetic":
+            return task_arithmetic(*onto_base)
         case "ties":
-            return ties(**models, ratio=ratio, scale=settings.scale, whole=whole)
+            return ties(*onto_base, whole)
         case "dare":
-            return dare(**models, ratio=ratio, scale=settings.scale, factors=factors)
+            return dare(*onto_base, factors)
     raise ValueError(method)
 
 
 def look_at_whole(
     pieces: Callable[[], Iterable[Mapping[str, Tensor]]], count: int, used: Container[str], settings: Settings
 ) -> Whole:
-    """What the methods in ``used`` must know of a tensor of ``count`` elements, from its float32 pieces by role."""
+    """What the methods in ``used`` must know of a tensor of ``count`` elements, from its pieces (`widen`)."""
     angle, thresholds = 0.0, {"instruct": 0.0, "coarse": 0.0}
     if "slerp" in used:
         angle = cosine((piece["instruct"], piece["coarse"]) for piece in pieces())
     if "ties" in used:
         for role, density in (("instruct", settings.instruct_density), ("coarse", settings.coarse_density)):
             if density < 1:
-                deltas = partial(_deltas, pieces, role)
+                deltas = partial(_column, pieces, f"delta_{role[0]}")
                 thresholds[role] = magnitude_threshold(deltas, int(density * count))
     return Whole(angle, thresholds["instruct"], thresholds["coarse"])
 
 
-def _deltas(pieces: Callable[[], Iterable[Mapping[str, Tensor]]], role: str) -> Iterator[Tensor]:
+def _column(pieces: Callable[[], Iterable[Mapping[str, Tensor]]], key: str) -> Iterator[Tensor]:
     for piece in pieces():
-        yield piece[role] - piece["base"]
+        yield piece[key]
 
 
 def drop_factors(generator: np.random.Generator, count: int, density: float) -> Tensor:

@@ -27,6 +27,7 @@ from c2f_ray.merging.methods import (
     drop_generator,
     look_at_whole,
     merge_piece,
+    widen,
 )
 
 PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache
@@ -148,11 +149,8 @@ class _Piece:
     inputs: dict[str, Tensor]  # by role, in their own dtypes, 1-D
     absent: Tensor | None  # bool: elements of tokens that not all models have, where the instruct model's are kept
 
-    def wide(self) -> dict[str, Tensor]:
-        return {role: values.float() for role, values in self.inputs.items()}
-
-    def wide_present(self) -> dict[str, Tensor]:
-        return self.wide() if self.absent is None else {r: v[~self.absent] for r, v in self.wide().items()}
+    def present(self) -> dict[str, Tensor]:
+        return self.inputs if self.absent is None else {r: v[~self.absent] for r, v in self.inputs.items()}
 
 
 def _merge_tensor(
@@ -173,7 +171,7 @@ def _merge_tensor(
                 yield _Piece(cut, None if absent is None else absent[part])
 
         present = count if absent is None else int((~absent).sum())
-        whole = look_at_whole(lambda: (p.wide_present() for p in pieces()), present, used, work.settings)
+        whole = look_at_whole(lambda: (widen(p.present()) for p in pieces()), present, used, work.settings)
     else:
         count, whole = prod(readers["instruct"].shape), Whole()
 
@@ -185,7 +183,7 @@ def _merge_tensor(
     generators = {role: drop_generator(work.settings.seed, name, role) for role in densities} if "dare" in used else {}
     sums = [0.0, 0.0, 0.0]
     for piece in pieces():
-        wide = piece.wide()
+        wide = widen(piece.inputs)
         size = wide["instruct"].numel()
         factors = {role: drop_factors(random, size, densities[role]) for role, random in generators.items()}
         for variant in work.variants:
@@ -205,7 +203,7 @@ def _merge_tensor(
                 )
             outputs[variant.name].write(fine.view(torch.uint8).numpy().data)
         if "base" in wide:
-            coarse, instruct = wide["coarse"] - wide["base"], wide["instruct"] - wide["base"]
+            coarse, instruct = wide["delta_c"], wide["delta_i"]
             for i, (a, b) in enumerate([(coarse, coarse), (instruct, instruct), (coarse, instruct)]):
                 sums[i] += float(a.dot(b))
     return sums

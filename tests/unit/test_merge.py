@@ -17,7 +17,7 @@ from c2f_ray.merging import compatibility, shards
 from c2f_ray.merging.compatibility import check_inputs
 from c2f_ray.merging.diagnosis import diagnose
 from c2f_ray.merging.files import InputFile
-from c2f_ray.merging.methods import ROLES, Settings, Whole, merge_piece
+from c2f_ray.merging.methods import ROLES, Settings, Whole, merge_piece, widen
 from c2f_ray.merging.shards import Shard, Variant, Work, merge_shard, plan_shards
 from c2f_ray.tiny.tokenizer import policy_tokenizer
 
@@ -280,7 +280,7 @@ def test_files_hold_what_the_methods_give_however_a_tensor_is_cut(tmp_path, monk
         outputs.append((work.aside / f"{method}-0.3" / "model.safetensors").read_bytes())
     assert outputs[0] == outputs[1]
     if method in ("residue", "interpolate", "task_arithmetic"):
-        wide = {role: tensors["a"].float() for role, tensors in models.items()}
+        wide = widen({role: tensors["a"] for role, tensors in models.items()})
         expected = merge_piece(method, wide, 0.3, Settings(), Whole(), {}).to(torch.bfloat16)
         assert torch.equal(load_file(work.aside / f"{method}-0.3" / "model.safetensors")["a"], expected)
 

@@ -23,27 +23,29 @@ from c2f_ray.merging.methods import (
     slerp,
     task_arithmetic,
     ties,
+    widen,
 )
 
 INSTRUCT = torch.tensor([1.0, -2.0, 3.0, 0.0])
 COARSE = torch.tensor([2.0, 1.5, -2.0, 6.0])
 BASE = torch.tensor([0.0, 1.0, 1.0, 2.0])
-# instruct - base is [1, -3, 2, -2] and coarse - base is [2, 0.5, -3, 4].
+DELTA_I = torch.tensor([1.0, -3.0, 2.0, -2.0])
+DELTA_C = torch.tensor([2.0, 0.5, -3.0, 4.0])
 MODELS = {"instruct": INSTRUCT, "coarse": COARSE, "base": BASE}
 
 
 def test_residue_and_interpolate():
-    assert residue(INSTRUCT, COARSE, BASE, 0.5).tolist() == [2.0, -1.75, 1.5, 2.0]
+    assert residue(INSTRUCT, DELTA_C, 0.5).tolist() == [2.0, -1.75, 1.5, 2.0]
     assert interpolate(INSTRUCT, COARSE, 0.25).tolist() == [1.25, -1.125, 1.75, 1.5]
     # They differ by ratio * (instruct - base).
-    difference = residue(INSTRUCT, COARSE, BASE, 0.5) - interpolate(INSTRUCT, COARSE, 0.5)
+    difference = residue(INSTRUCT, DELTA_C, 0.5) - interpolate(INSTRUCT, COARSE, 0.5)
     assert difference.tolist() == [0.5, -1.5, 1.0, -1.0]
 
 
 def test_task_arithmetic_scales_all_that_is_added_to_the_base():
     # base + 2 * [1 + 1, -3 + 0.25, 2 - 1.5, -2 + 2]
-    assert task_arithmetic(INSTRUCT, COARSE, BASE, 0.5, 2.0).tolist() == [4.0, -4.5, 2.0, 2.0]
-    assert torch.equal(task_arithmetic(INSTRUCT, COARSE, BASE, 0.5, 1.0), residue(INSTRUCT, COARSE, BASE, 0.5))
+    assert task_arithmetic(BASE, DELTA_I, DELTA_C, 0.5, 2.0).tolist() == [4.0, -4.5, 2.0, 2.0]
+    assert torch.equal(task_arithmetic(BASE, DELTA_I, DELTA_C, 0.5, 1.0), residue(INSTRUCT, DELTA_C, 0.5))
 
 
 def test_slerp_follows_the_arc_and_is_linear_between_parallel_vectors():
@@ -60,21 +62,21 @@ def test_slerp_follows_the_arc_and_is_linear_between_parallel_vectors():
 def test_ties_elects_a_sign_and_takes_the_mean_of_those_that_have_it():
     # Elected by [1 + 1, -3 + 0.25, 2 - 1.5, -2 + 2], where 0 counts as plus. Means: (1 + 0.5 * 2) / 1.5 of both; -3 and
     # 2 of instruct alone; 4 of coarse alone.
-    whole = ties(INSTRUCT, COARSE, BASE, 0.5, 1.0, Whole())
+    whole = ties(BASE, DELTA_I, DELTA_C, 0.5, 1.0, Whole())
     assert whole.tolist() == pytest.approx([4 / 3, -2.0, 3.0, 6.0], abs=1e-6)
     # The coarse delta loses its two least elements: 1 of instruct alone in the first place.
-    trimmed = ties(INSTRUCT, COARSE, BASE, 0.5, 1.0, Whole(coarse_threshold=3.0))
+    trimmed = ties(BASE, DELTA_I, DELTA_C, 0.5, 1.0, Whole(coarse_threshold=3.0))
     assert trimmed.tolist() == [1.0, -2.0, 3.0, 6.0]
-    scaled = ties(INSTRUCT, COARSE, BASE, 0.5, 0.5, Whole(instruct_threshold=3.0, coarse_threshold=5.0))
+    scaled = ties(BASE, DELTA_I, DELTA_C, 0.5, 0.5, Whole(instruct_threshold=3.0, coarse_threshold=5.0))
     assert scaled.tolist() == [0.0, -0.5, 1.0, 2.0]  # only -3 is left: half of it is added to the base
 
 
 def test_dare_rescales_what_it_keeps():
     factors = {"instruct": torch.ones(4), "coarse": torch.tensor([0.0, 2.0, 0.0, 2.0])}
     # instruct + 0.5 * [0, 2 * 0.5, 0, 2 * 4]
-    assert dare(INSTRUCT, COARSE, BASE, 0.5, 1.0, factors).tolist() == [1.0, -1.5, 3.0, 4.0]
+    assert dare(BASE, DELTA_I, DELTA_C, 0.5, 1.0, factors).tolist() == [1.0, -1.5, 3.0, 4.0]
     ones = dict.fromkeys(("instruct", "coarse"), torch.ones(4))
-    assert torch.equal(dare(INSTRUCT, COARSE, BASE, 0.5, 2.0, ones), task_arithmetic(INSTRUCT, COARSE, BASE, 0.5, 2.0))
+    assert torch.equal(dare(BASE, DELTA_I, DELTA_C, 0.5, 2.0, ones), task_arithmetic(BASE, DELTA_I, DELTA_C, 0.5, 2.0))
 
 
 def test_what_dare_drops_depends_on_seed_tensor_and_role_and_not_on_the_pieces():
@@ -134,7 +136,7 @@ def test_bf16_is_rounded_once_from_float32(method):
     inputs = {role: torch.randn(20_001, generator=generator).to(torch.bfloat16) for role in MODELS}
     i, c, b = (inputs[role].float().numpy() for role in MODELS)
     r, rest, scale = np.float32(0.3), np.float32(0.7), np.float32(1.1)
-    wide = {role: values.float() for role, values in inputs.items()}
+    wide = widen(inputs)
     settings = Settings(scale=1.1)
     whole = look_at_whole(lambda: iter([wide]), 20_001, {method}, settings)
     angle = np.arccos(
@@ -155,7 +157,9 @@ def test_bf16_is_rounded_once_from_float32(method):
 
 @pytest.mark.parametrize("method", ROLES)
 def test_inputs_are_not_changed(method):
-    before = {role: values.clone() for role, values in MODELS.items()}
+    wide = widen(MODELS)
+    assert (wide["delta_i"].tolist(), wide["delta_c"].tolist()) == (DELTA_I.tolist(), DELTA_C.tolist())
+    before = {role: values.clone() for role, values in wide.items()}
     factors = {"instruct": torch.full((4,), 2.0), "coarse": torch.full((4,), 2.0)}
-    merge_piece(method, MODELS, 0.3, Settings(), Whole(0.5, 1.5, 1.5), factors)
-    assert all(torch.equal(values, before[role]) for role, values in MODELS.items())
+    merge_piece(method, wide, 0.3, Settings(), Whole(0.5, 1.5, 1.5), factors)
+    assert all(torch.equal(values, before[role]) for role, values in wide.items())
