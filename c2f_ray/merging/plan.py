@@ -22,7 +22,7 @@ from c2f_ray.recipe.schema import Merge
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers", "blake3")
 NUM_SHARDS = 32  # about: as many tasks can work at the same time
-SHARD_BYTES = (2**28, 5 * 10**9)  # least and most
+SHARD_BYTES = (2**27, 5 * 10**9)  # least and most
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from c2f_ray.merging.methods import (
     widen,
 )
 
-PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache
+PIECE = 1 << 16  # elements of each tensor at a time; more leave the cache, fewer are overhead
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
