@@ -15,11 +15,10 @@ from huggingface_hub import model_info, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from c2f_ray.data.shards import INDEX, WEIGHTS
 from c2f_ray.errors import RecipeError
 
 T = TypeVar("T")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # a tokenizer has one of them
 # What a model that is made from another takes from it, byte for byte. The last two may be folders.
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")

@@ -9,10 +9,11 @@ import yaml
 from blake3 import blake3
 from huggingface_hub import metadata_load
 
-from c2f_ray.data.model_folder import INDEX, copy_tokenizer
+from c2f_ray.data.model_folder import copy_tokenizer
+from c2f_ray.data.shards import write_index
 from c2f_ray.merging.methods import FORMULAS, ROLES
 from c2f_ray.merging.plan import MergePlan
-from c2f_ray.merging.shards import Shard, Variant
+from c2f_ray.merging.shards import Variant
 from c2f_ray.recipe.schema import MERGE_METHODS_WITH
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a model card's header
@@ -26,7 +27,7 @@ def write_companions(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> N
         files = {s.file_name: record["files"][variant.name] for s, record in zip(plan.shards, records, strict=True)}
         copy_tokenizer(str(plan.models.folders["instruct"]), folder)
         _write_config(plan, folder)
-        _write_index(folder, plan.shards)
+        write_index(folder, plan.shards)
         manifest = _manifest(plan, variant, inputs, files)
         (folder / "merge.json").write_text(json.dumps(manifest, indent=2) + "\n")
         (folder / "README.md").write_text(_card(plan, variant, manifest))
@@ -56,14 +57,6 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     if plan.recipe.dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    if len(shards) == 1:
-        return
-    weight_map = {name: shard.file_name for shard in shards for name in shard.tensors}
-    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _manifest(

@@ -1,14 +1,10 @@
 """Safetensors files as streams: read and written front to back, each byte once and hashed on its way.
 
 The library maps a file into memory, or wants all tensors of an output at once; neither bounds a merge's memory.
-
-Nothing here imports transformers: a task's process has only torch to load.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,13 +12,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from c2f_ray.data.shards import TORCH_DTYPES
 from c2f_ray.errors import C2FError
-
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return prod(shape) * TORCH_DTYPES[dtype].itemsize
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -98,15 +89,3 @@ class OutputFile:
     def sync(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """What a safetensors file with these tensors, dtype and shape by name, begins with."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + tensor_bytes(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

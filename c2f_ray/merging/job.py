@@ -15,12 +15,13 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from c2f_ray.data.shards import Shard
 from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging.companions import write_companions
 from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
 from c2f_ray.merging.files import replace_file
 from c2f_ray.merging.plan import MergePlan, check_merge
-from c2f_ray.merging.shards import Shard, Work, merge_shard
+from c2f_ray.merging.shards import Work, merge_shard
 from c2f_ray.preflight import Needs
 from c2f_ray.recipe import Recipe
 from c2f_ray.session import ray_session

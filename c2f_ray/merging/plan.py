@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards, tensor_bytes
 from c2f_ray.errors import RecipeError
 from c2f_ray.merging.compatibility import Models, check_inputs
-from c2f_ray.merging.files import tensor_bytes
 from c2f_ray.merging.methods import ROLES, Settings
 from c2f_ray.merging.ratios import schedule_ratios
-from c2f_ray.merging.shards import Shard, Variant, plan_shards
+from c2f_ray.merging.shards import Variant
 from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Merge
@@ -22,7 +22,7 @@ from c2f_ray.recipe.schema import Merge
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers", "blake3")
 NUM_SHARDS = 32  # about: as many tasks can work at the same time
-SHARD_BYTES = (2**27, 5 * 10**9)  # least and most
+SHARD_BYTES = (2**27, MAX_SHARD_BYTES)  # least and most
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from c2f_ray.data.shards import TORCH_DTYPES, Shard, header, raw_bytes
 from c2f_ray.errors import C2FError
-from c2f_ray.merging.files import TORCH_DTYPES, InputFile, OutputFile, TensorReader, header, replace_file, tensor_bytes
+from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file
 from c2f_ray.merging.methods import (
     NEED_WHOLE_TENSOR,
     Settings,
@@ -52,19 +53,6 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One output file, the same in every variant's folder: its tensors in the order in which they lie in it."""
-
-    file_name: str
-    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name: (safetensors dtype, shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the tensors, without the header."""
-        return sum(tensor_bytes(dtype, shape) for dtype, shape in self.tensors.values())
-
-
-@dataclass(frozen=True)
 class Work:
     """What the tasks of a merge have in common."""
 
@@ -73,27 +61,6 @@ class Work:
     variants: list[Variant]
     settings: Settings
     aside: Path  # has a folder for each variant, `tmp/` and `records/`
-
-
-def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: int) -> list[Shard]:
-    """Split the output, dtype and shape by name, into files of at most ``max_bytes``; a larger tensor is one alone."""
-    groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-    size = 0
-    for name, (dtype, shape) in tensors.items():
-        added = tensor_bytes(dtype, shape)
-        if groups[-1] and size + added > max_bytes:
-            groups.append({})
-            size = 0
-        groups[-1][name] = (dtype, shape)
-        size += added
-    names = ["model.safetensors"]
-    if len(groups) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    # Widest dtype first keeps every tensor aligned to its element size.
-    ordered = [
-        sorted(group.items(), key=lambda item: (-TORCH_DTYPES[item[1][0]].itemsize, item[0])) for group in groups
-    ]
-    return [Shard(name, dict(group)) for name, group in zip(names, ordered, strict=True)]
 
 
 def merge_shard(shard: Shard, work: Work) -> None:
@@ -133,7 +100,7 @@ def _write_files(shard: Shard, work: Work, paths: Mapping[str, Path]) -> dict[st
         inputs = {path: stack.enter_context(InputFile(path)) for path in needed}
         outputs = {name: stack.enter_context(OutputFile(path)) for name, path in paths.items()}
         for output in outputs.values():
-            output.write(header(shard.tensors))
+            output.write(header(shard))
         for name, (dtype, _) in shard.tensors.items():
             models = {role: TensorReader(inputs[by_name[name]], name) for role, by_name in work.files.items()}
             sums[name] = _merge_tensor(name, TORCH_DTYPES[dtype], models, work, outputs)
@@ -201,7 +168,7 @@ def _merge_tensor(
                     f"merge: {variant.name} has values in {name} that are not finite in {said}: check the inputs, "
                     "or set merge.dtype to bfloat16 or float32"
                 )
-            outputs[variant.name].write(fine.view(torch.uint8).numpy().data)
+            outputs[variant.name].write(raw_bytes(fine))
         if "base" in wide:
             coarse, instruct = wide["delta_c"], wide["delta_i"]
             for i, (a, b) in enumerate([(coarse, coarse), (instruct, instruct), (coarse, instruct)]):

@@ -12,13 +12,14 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from c2f_ray import cli
+from c2f_ray.data.shards import Shard, plan_shards
 from c2f_ray.errors import C2FError, RecipeError
 from c2f_ray.merging import compatibility, shards
 from c2f_ray.merging.compatibility import check_inputs
 from c2f_ray.merging.diagnosis import diagnose
 from c2f_ray.merging.files import InputFile
 from c2f_ray.merging.methods import ROLES, Settings, Whole, merge_piece, widen
-from c2f_ray.merging.shards import Shard, Variant, Work, merge_shard, plan_shards
+from c2f_ray.merging.shards import Variant, Work, merge_shard
 from c2f_ray.tiny.tokenizer import policy_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -232,7 +232,7 @@ def test_several_runs_are_drawn_side_by_side(tmp_path):
     assert page.texts["h3"][:10] == [
         "Reward", "Response length (tokens)", "KL to the reference policy", "Critic", "Time per step (s)",
         "Sampled reward of each run", "Mean response length of each run (tokens)", "KL of each run (nats per response)",
-        "Time of each run's updates (s)", "Prompt q1",
+        "Time of each run's updates (s)", "Norms and cosine of the deltas by layer",
     ]  # fmt: skip
     assert html.count(">remax<") == html.count(">ppo<") == 4, "one legend in each chart"
     assert "Beside other runs" not in write_report(tmp_path / "ppo").read_text()
