@@ -15,16 +15,15 @@ from huggingface_hub import model_info, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from c2f_ray.data.shards import INDEX, WEIGHTS
 from c2f_ray.errors import RecipeError
 
 T = TypeVar("T")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # a tokenizer has one of them
 # What a model that is made from another takes from it, byte for byte. The last two may be folders.
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 COMPANIONS += ("vocab*", "merges.txt", "chat_template*", "additional_chat_templates*")
-SMALL_FILES = ["config.json", INDEX, *COMPANIONS]
+SMALL_FILES = ["config.json", "README.md", INDEX, *COMPANIONS]
 HUB_TIMEOUT_S = 10.0
 
 
@@ -72,7 +71,7 @@ def copy_tokenizer(model: str, folder: Path) -> None:
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_dir():
-                shutil.copytree(path, folder / path.name)
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, folder / path.name)
 

@@ -2,6 +2,8 @@
 
 A safetensors file is an 8-byte length, a JSON header, and the tensors one after the other; names, shapes and dtypes
 are known before the first weight is, so every tensor's place is too.
+
+Nothing here imports transformers: a merge's tasks have only torch to load.
 """
 
 import json
@@ -14,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from c2f_ray.data.model_folder import INDEX, WEIGHTS
-
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_SHARD_BYTES = 5 * 10**9
 

@@ -1,103 +1,123 @@
 """What lies beside the weights in a fine actor's folder: tokenizer, configuration, index, manifest, card."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import yaml
+from blake3 import blake3
+from huggingface_hub import metadata_load
 
 from c2f_ray.data.model_folder import copy_tokenizer
 from c2f_ray.data.shards import write_index
 from c2f_ray.merging.methods import FORMULAS, ROLES
 from c2f_ray.merging.plan import MergePlan
-from c2f_ray.merging.shards import ShardDigests, Variant
+from c2f_ray.merging.shards import Variant
+from c2f_ray.recipe.schema import MERGE_METHODS_WITH
+
+LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a model card's header
 
 
-def write_companions(plan: MergePlan, folders: Mapping[str, Path], digests: Sequence[ShardDigests]) -> None:
-    """Completes the folder of each variant. ``digests`` are in the order of the plan's shards."""
-    inputs = _input_summary(plan, digests)
+def write_companions(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> None:
+    """Completes the folder of each variant. ``records`` are in the order of the plan's shards."""
+    inputs = _input_summary(plan, records)
     for variant in plan.variants:
-        folder = folders[variant.name]
-        files = {s.file_name: d.files[variant.name] for s, d in zip(plan.shards, digests, strict=True)}
-        copy_tokenizer(str(plan.inputs["instruct"].folder), folder)
+        folder = plan.aside / variant.name
+        files = {s.file_name: record["files"][variant.name] for s, record in zip(plan.shards, records, strict=True)}
+        copy_tokenizer(str(plan.models.folders["instruct"]), folder)
         _write_config(plan, folder)
         write_index(folder, plan.shards)
-        _write_manifest(folder, variant, inputs, files, plan)
-        _write_card(folder, variant, inputs)
+        manifest = _manifest(plan, variant, inputs, files)
+        (folder / "merge.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / "README.md").write_text(_card(plan, variant, manifest))
 
 
-def _input_summary(plan: MergePlan, digests: Sequence[ShardDigests]) -> dict[str, dict[str, object]]:
-    """Folder and content digest of each input.
+def _input_summary(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, object]]:
+    """Folder, configuration and content digest of each input.
 
-    ``tensors_sha256`` is the SHA-256 of the lines ``NAME SHA256(tensor bytes)\\n`` in order of name: it was computed
-    while merging, and stays the same when a model is saved again in other shards.
+    ``tensors_blake3`` is the BLAKE3 digest of the lines ``NAME BLAKE3(tensor bytes)\\n`` in order of name: it was
+    computed while merging, and stays the same when a model is saved again in other shards.
     """
     summary: dict[str, dict[str, object]] = {}
-    for role, model in plan.inputs.items():
-        tensors = {name: sha for part in digests for name, sha in part.inputs[role].items()}
-        lines = "".join(f"{name} {sha}\n" for name, sha in sorted(tensors.items()))
+    for role, folder in plan.models.folders.items():
+        tensors = {name: digest for record in records for name, digest in record["inputs"][role].items()}
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(tensors.items()))
         summary[role] = {
-            "folder": str(model.folder),
+            "folder": str(folder),
             "tensors": len(tensors),
-            "tensors_sha256": hashlib.sha256(lines.encode()).hexdigest(),
-            "config_sha256": hashlib.sha256((model.folder / "config.json").read_bytes()).hexdigest(),
+            "tensors_blake3": blake3(lines.encode()).hexdigest(),
+            "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
         }
     return summary
 
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
-    config = json.loads((plan.inputs["instruct"].folder / "config.json").read_text(encoding="utf-8"))
-    if plan.dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.dtype
+    config = json.loads((plan.models.folders["instruct"] / "config.json").read_text(encoding="utf-8"))
+    if plan.recipe.dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = plan.recipe.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_manifest(
-    folder: Path,
-    variant: Variant,
-    inputs: Mapping[str, Mapping[str, object]],
-    files: Mapping[str, str],
-    plan: MergePlan,
-) -> None:
-    manifest = {
+def _manifest(
+    plan: MergePlan, variant: Variant, inputs: Mapping[str, Mapping[str, object]], files: Mapping[str, str]
+) -> dict[str, Any]:
+    ratios: dict[str, Any] = {f"{ratio:g}": ratio for ratio in plan.recipe.ratios}
+    ratios |= {schedule.name: schedule.model_dump() for schedule in plan.recipe.schedules}
+    taken = {
+        name: getattr(plan.settings, name) for name, users in MERGE_METHODS_WITH.items() if variant.method in users
+    }
+    if variant.method == "dare":
+        taken["seed"] = plan.settings.seed
+    return {
         "method": variant.method,
         "formula": FORMULAS[variant.method],
-        "ratio": variant.ratio,
-        "dtype": plan.dtype or "of the instruct model",
-        "allow": list(plan.allow),
+        "ratio": ratios[variant.label],
+        **taken,
+        "dtype": plan.recipe.dtype or "of the instruct model",
+        "allow": plan.recipe.allow,
+        "tokens_kept_from_instruct": plan.models.absent_tokens,
         "inputs": {role: inputs[role] for role in ROLES[variant.method]},
-        "files_sha256": dict(files),
-        "versions": {name: version(name) for name in ("c2f-ray", "torch", "safetensors", "transformers")},
+        "files_blake3": dict(files),
+        "versions": plan.identity["versions"],
     }
-    (folder / "merge.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _write_card(folder: Path, variant: Variant, inputs: Mapping[str, Mapping[str, object]]) -> None:
+def _card(plan: MergePlan, variant: Variant, manifest: Mapping[str, Any]) -> str:
+    inputs = manifest["inputs"]
+    cards = {role: _card_header(plan.models.folders[role]) for role in inputs}
+    own = {key: value for key, value in cards["instruct"].items() if key in LICENCE_FIELDS}
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["merge", "c2f_ray"], **own}
     rows = "".join(
-        f"| {role} | `{inputs[role]['folder']}` | `{inputs[role]['tensors_sha256']}` |\n"
-        for role in ROLES[variant.method]
+        f"| {role} | `{inputs[role]['folder']}` | {card.get('license', 'not stated')} "
+        f"| `{inputs[role]['tensors_blake3']}` |\n"
+        for role, card in cards.items()
     )
-    (folder / "README.md").write_text(
-        f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- merge
-- c2f_ray
----
+    ratio = manifest["ratio"]
+    said = f"ratio {ratio:g}" if isinstance(ratio, float) else f"the ratios of the schedule `{variant.label}`"
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
 # Fine actor {variant.name}
 
 A fine actor of the coarse-to-fine recipe: a coarse actor, trained by RL from the base model, merged with an
-instruct model by `{variant.method}` at ratio {variant.ratio:g}:
+instruct model by `{variant.method}` at {said}:
 
-    {FORMULAS[variant.method]}
+    {manifest["formula"]}
 
 computed in float32 for every tensor and rounded once. Tokenizer, chat template, generation settings and
 configuration are the instruct model's. The licences of all the models below apply.
 
-| role | model | SHA-256 of its tensors |
-|---|---|---|
+| role | model | licence | BLAKE3 of its tensors |
+|---|---|---|---|
 {rows}
-`merge.json` holds the same facts, the SHA-256 of each weight file and the versions used.
+`merge.json` holds the same facts and all settings, the models' configurations, the BLAKE3 digest of each weight file
+(`b3sum` prints it) and the versions used.
 """
-    )
+
+
+def _card_header(folder: Path) -> dict[str, Any]:
+    """The YAML header of a model's card, empty when there is none that can be read."""
+    try:
+        return metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}

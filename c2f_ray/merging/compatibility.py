@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from c2f_ray.data.model_folder import (
     TensorSpec,
     check_weights,
@@ -22,7 +25,11 @@ from c2f_ray.errors import RecipeError
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")  # safetensors' names
 MAX_LISTED = 8  # tensors named in one error
-TOKENIZER = "tokenizer"  # allows different vocabularies; no configuration has a field of this name
+TOKENIZER = "tokenizer"  # allows quite different vocabularies; no configuration has a field of this name
+MIN_SHARED_TOKENS = 0.9  # of the larger vocabulary
+# Their rows stand for tokens: embeddings and head of Llama, Mistral, Mixtral, Qwen and most others; GPT-2; GPT-NeoX.
+VOCABULARY_TENSORS = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias", "wte.weight")
+VOCABULARY_TENSORS += ("embed_in.weight", "embed_out.weight")
 # Fields that say how a model is trained, served or described, not what its weights mean. All others are compared.
 IGNORED_FIELDS = {
     "_name_or_path",
@@ -33,6 +40,7 @@ IGNORED_FIELDS = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    "vocab_size",  # rows are matched by token
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -55,20 +63,23 @@ IGNORED_FIELDS = {
 
 
 @dataclass(frozen=True)
-class Input:
-    """A model that can be merged."""
+class Models:
+    """Models that can be merged, by role: base, coarse, instruct."""
 
-    folder: Path  # absolute
-    tensors: dict[str, TensorSpec]  # by name
-    from_hub: bool  # then its folder is in this node's cache, which other nodes do not see
+    folders: dict[str, Path]  # absolute
+    tensors: dict[str, dict[str, TensorSpec]]  # by name
+    rows: dict[str, dict[str, Tensor]]  # see `shards.Work`; empty when the vocabularies are the same
+    absent_tokens: int  # rows of the instruct model that are kept, for other models have no such token
+    on_hub: bool  # one at least: then its folder is in this node's cache, which other nodes do not see
 
 
-def check_inputs(given: Mapping[str, tuple[str, str]], allow: Sequence[str] = ()) -> dict[str, Input]:
+def check_inputs(given: Mapping[str, tuple[str, str]], allow: Sequence[str] = ()) -> Models:
     """Refuse models whose merge would be meaningless.
 
     ``given`` holds (dotted key, folder or name on the hub) by role: base, coarse, instruct. ``allow`` lists
     configuration fields that may differ, and ``tokenizer``. Only the instruct model, whose tokenizer the fine actors
-    get, must have one. Raises RecipeError with one line for each problem.
+    get, must have one; the vocabulary of a model without one is taken to be the instruct model's.
+    Raises RecipeError with one line for each problem.
     """
     files = {}
     configs: dict[str, dict[str, Any]] = {}
@@ -85,15 +96,49 @@ def check_inputs(given: Mapping[str, tuple[str, str]], allow: Sequence[str] = ()
             problems.extend(error.problems)
     _refuse(problems)
     _refuse([*_config_problems(configs, allow), *_vocabulary_problems(vocabularies, allow)])
-    inputs = {}
-    for role, (_, model) in given.items():
-        fetched = fetch(model, files[role])
-        inputs[role] = Input(fetched.folder, read_tensors(fetched), from_hub=not Path(model).is_dir())
-    _refuse(_tensor_problems({role: model.tensors for role, model in inputs.items()}))
-    return inputs
+    fetched = {role: fetch(model, files[role]) for role, (_, model) in given.items()}
+    tensors = {role: read_tensors(model) for role, model in fetched.items()}
+    names = [name for name in tensors["instruct"] if ".".join(name.split(".")[-2:]) in VOCABULARY_TENSORS]
+    counts = {
+        name: {role: by_name[name].shape[0] for role, by_name in tensors.items() if name in by_name} for name in names
+    }
+    rows: dict[str, dict[str, Tensor]] = {}
+    if _differ(vocabularies) or (len(vocabularies) == len(given) and any(map(_differ, counts.values()))):
+        _refuse(
+            f"merge: the vocabularies differ, and {given[role][1]} has no tokenizer to match rows by: save it beside it"
+            for role in given.keys() - vocabularies.keys()
+        )
+        rows = {name: _same_tokens(vocabularies, by_role) for name, by_role in counts.items()}
+    _refuse(_tensor_problems(tensors, rows))
+    absent = max((int((torch.stack(list(by_role.values())).amin(0) < 0).sum()) for by_role in rows.values()), default=0)
+    folders = {role: model.folder for role, model in fetched.items()}
+    return Models(folders, tensors, rows, absent, any(not Path(model).is_dir() for _, model in given.values()))
 
 
-def _refuse(problems: Sequence[str]) -> None:
+def _differ(values: Mapping[str, object]) -> bool:
+    return any(value != values["instruct"] for value in values.values())
+
+
+def _same_tokens(vocabularies: Mapping[str, Mapping[str, int]], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """For each row of the instruct model, the other models' rows of the same token; -1 where there is none.
+
+    ``counts`` are the numbers of rows. Rows beyond a tokenizer's last token, which some models are padded with, have
+    no token and are not merged.
+    """
+    rows = {}
+    for role in counts:
+        if role != "instruct":
+            order = torch.full((counts["instruct"],), -1)
+            for token, row in vocabularies["instruct"].items():
+                other = vocabularies[role].get(token, -1)
+                if row < counts["instruct"] and other < counts[role]:
+                    order[row] = other
+            rows[role] = order
+    return rows
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    problems = list(problems)
     if problems:
         raise RecipeError(*problems)
 
@@ -128,21 +173,23 @@ def _config_problems(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[s
 
 
 def _vocabulary_problems(vocabularies: Mapping[str, Mapping[str, int]], allow: Sequence[str]) -> list[str]:
-    """A row of the embeddings must stand for the same token in all models."""
-    entries = [set(vocabulary.items()) for vocabulary in vocabularies.values()]
-    different = {token for token, _ in set.union(*entries) - set.intersection(*entries)}
-    if TOKENIZER in allow or not different:
-        return []
-    token = min(different)
-    said = ", ".join(f"{vocabulary.get(token, 'none')} in {role}" for role, vocabulary in vocabularies.items())
-    more = f" (and {len(different) - 1} more tokens differ)" if len(different) > 1 else ""
-    return [
-        f"merge: the token {token!r} has id {said}{more}. Take an instruct model made from this base, or list "
-        f"{TOKENIZER} in merge.allow"
-    ]
+    """Rows of the embeddings are matched by token: that a few have been added is no problem, another language is."""
+    tokens = set(vocabularies["instruct"])
+    problems = []
+    for role, vocabulary in vocabularies.items():
+        shared = len(tokens & set(vocabulary)) / max(len(tokens), len(vocabulary))
+        if shared < MIN_SHARED_TOKENS and TOKENIZER not in allow:
+            problems.append(
+                f"merge: {role} and instruct share {shared:.1%} of their tokens, less than {MIN_SHARED_TOKENS:.0%}: "
+                "their embeddings do not add up. Take an instruct model made from this base, or list tokenizer in "
+                "merge.allow to merge the rows of those that they share"
+            )
+    return problems
 
 
-def _tensor_problems(tensors: Mapping[str, Mapping[str, TensorSpec]]) -> list[str]:
+def _tensor_problems(
+    tensors: Mapping[str, Mapping[str, TensorSpec]], rows: Mapping[str, Mapping[str, Tensor]]
+) -> list[str]:
     known = sorted({name for specs in tensors.values() for name in specs})
     problems: list[str] = []
     for name in known:
@@ -151,7 +198,7 @@ def _tensor_problems(tensors: Mapping[str, Mapping[str, TensorSpec]]) -> list[st
         present = {role: spec for role, spec in specs.items() if spec is not None}
         if lacking:
             problems.append(f"merge: tensor {name} is in {', '.join(present)} but not in {', '.join(lacking)}")
-        if len({spec.shape for spec in present.values()}) > 1:
+        if len({spec.shape[1:] if name in rows else spec.shape for spec in present.values()}) > 1:
             shapes = ", ".join(f"{list(spec.shape)} in {role}" for role, spec in present.items())
             problems.append(f"merge: tensor {name} has shape {shapes}")
         for role, spec in present.items():

@@ -1,20 +1,27 @@
 """The merge job: coarse actor and instruct model in, one ordinary Hugging Face folder per fine actor out.
 
-Invariant: a fine folder is complete or it is not there: all are written in `OUT.partial/` and renamed at the end.
+Invariants: a fine folder is complete or it is not there, for all are written in `OUT.partial/` and renamed at the end.
+A merge that was killed, or failed, is gone on with by the next one that is told the same, with the same bytes at the
+end: each weight file is renamed when it is on the disk, and has then a record beside it.
 Folders, those of inputs and output, must lie on a file system that every node of the cluster sees.
 """
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from c2f_ray.errors import DeadlineError, RecipeError
+from c2f_ray.data.shards import Shard
+from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging.companions import write_companions
+from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
+from c2f_ray.merging.files import replace_file
 from c2f_ray.merging.plan import MergePlan, check_merge
-from c2f_ray.merging.shards import ShardDigests, merge_shard
+from c2f_ray.merging.shards import Work, merge_shard
 from c2f_ray.preflight import Needs
 from c2f_ray.recipe import Recipe
 from c2f_ray.session import ray_session
@@ -30,30 +37,45 @@ def merge(recipe: Recipe) -> list[Path]:
         return run_merge(plan)
 
 
-def run_merge(plan: MergePlan, timeout_s: float = 3600) -> list[Path]:
+def run_merge(plan: MergePlan) -> list[Path]:
     """Carry out the plan in an initialised Ray; one task writes one shard of every variant.
 
-    Raises DeadlineError when no shard is finished for ``timeout_s`` seconds.
+    Raises DeadlineError when no shard is finished in the recipe's time, and C2FError when one cannot be written.
     """
     strategy = _strategy(plan)
-    aside = plan.out.with_name(plan.out.name + ".partial")
-    partial = {variant.name: aside / variant.name for variant in plan.variants}
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
-        for folder in partial.values():
-            folder.mkdir(parents=True)
-        digests = _run_tasks(plan, partial, strategy, timeout_s)
-        write_companions(plan, partial, digests)
-        plan.out.mkdir(parents=True, exist_ok=True)
-        return [folder.rename(plan.out / name) for name, folder in partial.items()]
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    aside = plan.aside
+    if not plan.goes_on():
+        shutil.rmtree(aside, ignore_errors=True)  # of a merge of something else
+        aside.mkdir(parents=True)
+        replace_file(aside / "plan.json", json.dumps(plan.identity))
+    if not plan.published.exists():
+        shutil.rmtree(aside / "tmp", ignore_errors=True)  # what was being written
+        for name in ("tmp", "records", *(variant.name for variant in plan.variants)):
+            (aside / name).mkdir(exist_ok=True)
+        _run_tasks(plan, [shard for shard in plan.shards if not _record(plan, shard).exists()], strategy)
+        records = [json.loads(_record(plan, shard).read_text()) for shard in plan.shards]
+        write_companions(plan, records)
+        if "base" in plan.models.folders:
+            (aside / DIAGNOSIS).write_text(json.dumps(diagnose(records), indent=1) + "\n")
+        plan.published.touch()
+    plan.out.mkdir(exist_ok=True)
+    for name in (variant.name for variant in plan.variants):
+        if (aside / name).exists():
+            (aside / name).rename(plan.out / name)
+    if (aside / DIAGNOSIS).exists():
+        (aside / DIAGNOSIS).rename(plan.out.with_name(DIAGNOSIS))
+    shutil.rmtree(aside)
+    return [plan.out / variant.name for variant in plan.variants]
+
+
+def _record(plan: MergePlan, shard: Shard) -> Path:
+    return plan.aside / "records" / f"{shard.file_name}.json"
 
 
 def _strategy(plan: MergePlan) -> NodeAffinitySchedulingStrategy | str:
-    """Where the tasks run: anywhere, or on this node, in whose cache alone a model from the hub lies."""
-    if not any(model.from_hub for model in plan.inputs.values()):
-        return "DEFAULT"
+    """Where the tasks run: on all nodes, or on this one, in whose cache alone a model from the hub lies."""
+    if not plan.models.on_hub:
+        return "SPREAD"
     node_id = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
     if node["Resources"].get("CPU", 0) < 1:  # as on the head node of many clusters
@@ -64,33 +86,28 @@ def _strategy(plan: MergePlan) -> NodeAffinitySchedulingStrategy | str:
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
-def _run_tasks(
-    plan: MergePlan, folders: Mapping[str, Path], strategy: NodeAffinitySchedulingStrategy | str, timeout_s: float
-) -> list[ShardDigests]:
-    """Merge all shards in Ray tasks of one CPU each; the results are in the order of the plan's shards."""
+def _run_tasks(plan: MergePlan, shards: Sequence[Shard], strategy: NodeAffinitySchedulingStrategy | str) -> None:
+    """Merge the shards in Ray tasks of one CPU each."""
     remote = ray.remote(num_cpus=1)(merge_shard).options(scheduling_strategy=strategy)
-    refs = [
-        remote.remote(
-            shard,
-            {role: {name: model.tensors[name] for name in shard.tensors} for role, model in plan.inputs.items()},
-            plan.variants,
-            folders,
-        )
-        for shard in plan.shards
-    ]
-    file_names = {ref: shard.file_name for ref, shard in zip(refs, plan.shards, strict=True)}
-    pending = refs
+    files = {role: {name: spec.file for name, spec in tensors.items()} for role, tensors in plan.models.tensors.items()}
+    work = ray.put(Work(files, plan.models.rows, plan.variants, plan.settings, plan.aside))
+    names = {remote.remote(shard, work): shard.file_name for shard in shards}
+    pending = list(names)
+    timeout_s = plan.recipe.timeout_s
     try:
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=timeout_s)
             if not done:
                 raise DeadlineError(
-                    f"merge: none of {', '.join(file_names[ref] for ref in pending)} was finished in {timeout_s} s. "
+                    f"merge: none of {', '.join(names[ref] for ref in pending)} was finished in {timeout_s:g} s. "
                     f"A task needs 1 CPU; the cluster has {ray.cluster_resources().get('CPU', 0):g}, of which "
                     f"{ray.available_resources().get('CPU', 0):g} are free"
                 )
             ray.get(done)  # raises a failed task's error at once
+    except RayTaskError as error:
+        if isinstance(error.cause, C2FError):
+            raise error.cause from None
+        raise
     finally:
         for ref in pending:
             ray.cancel(ref, force=True)
-    return ray.get(refs)

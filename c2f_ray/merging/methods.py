@@ -1,35 +1,229 @@
-"""How a coarse actor's weights are merged into an instruct model's, tensor by tensor. Pure, no files, no Ray.
+"""How a coarse actor's weights are merged into an instruct model's, tensor by tensor. Pure: no files, no Ray.
 
-Mistral-C2F (arXiv 2406.08657) names its Knowledge Residue Merger but publishes no formula: both methods are ours.
-They differ by ``ratio * (instruct - base)``.
+Notation: ``instruct``, ``coarse`` and ``base`` are float32 tensors of one shape, delta_i = instruct - base,
+delta_c = coarse - base, r the ratio of the tensor and s the scale. Everything is computed in float32.
+
+A tensor is merged in pieces. Each element depends on its own inputs and, for `slerp` and `ties`, on a few numbers of
+the whole tensor that are taken first, so the result is the same however the tensor is cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from math import acos, sin, sqrt
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # Which models each method reads.
-ROLES = {"residue": ("instruct", "coarse", "base"), "interpolate": ("instruct", "coarse")}
+ROLES = {
+    "residue": ("instruct", "coarse", "base"),
+    "interpolate": ("instruct", "coarse"),
+    "task_arithmetic": ("instruct", "coarse", "base"),
+    "slerp": ("instruct", "coarse"),
+    "ties": ("instruct", "coarse", "base"),
+    "dare": ("instruct", "coarse", "base"),
+}
 FORMULAS = {
     "residue": "fine = instruct + ratio * (coarse - base)",
     "interpolate": "fine = (1 - ratio) * instruct + ratio * coarse",
+    "task_arithmetic": "fine = base + scale * ((instruct - base) + ratio * (coarse - base))",
+    "slerp": "fine = (sin((1 - ratio) * a) * instruct + sin(ratio * a) * coarse) / sin(a), a the angle between them",
+    "ties": "fine = base + scale * weighted mean, of weights 1 and ratio, over those of the trimmed deltas "
+    "(instruct - base) and (coarse - base) that have the elected sign",
+    "dare": "fine = base + scale * (drop(instruct - base) + ratio * drop(coarse - base))",
 }
+NEED_WHOLE_TENSOR = ("slerp", "ties")
+PARALLEL = 0.9995  # slerp is linear for vectors whose cosine is beyond this: sin(a) is then too small to divide by
 
 
-def merge_tensor(method: str, inputs: Mapping[str, Tensor], ratio: float, dtype: torch.dtype) -> Tensor:
-    """Merge one tensor in float32 and round once, to ``dtype``.
+@dataclass(frozen=True)
+class Whole:
+    """What `slerp` and `ties` know of a whole tensor."""
 
-    ``inputs`` holds a floating-point tensor of the same shape for each role of the method. Ratio 0 gives the
-    instruct tensor bit for bit, and ratio 1 of ``interpolate`` the coarse one (arithmetic would lose ``-0.0``).
+    cosine: float = 0.0  # between instruct and coarse; 1 when one of them is zero
+    instruct_threshold: float = 0.0  # least magnitude of the instruct delta that ties keeps
+    coarse_threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods take besides the ratio: a recipe's fields of the same names, and its seed."""
+
+    scale: float = 1.0
+    instruct_density: float = 1.0
+    coarse_density: float = 0.5
+    seed: int = 0
+
+
+def copied_role(method: str, ratio: float, settings: Settings) -> str | None:
+    """Whose weights a merge gives back: they are copied, for arithmetic would lose the sign of zero."""
+    if ratio == 1 and method in ("interpolate", "slerp"):
+        return "coarse"
+    added_whole = method in ("residue", "interpolate", "slerp") or settings.scale == 1
+    trimmed = method in ("ties", "dare") and settings.instruct_density < 1
+    return "instruct" if ratio == 0 and added_whole and not trimmed else None
+
+
+def residue(instruct: Tensor, delta_c: Tensor, ratio: float) -> Tensor:
+    """Knowledge Residue Merger: ``instruct + r * delta_c``.
+
+    Mistral-C2F (arXiv 2406.08657) names it and publishes no formula: this one is ours.
     """
-    if ratio == 0:
-        return inputs["instruct"].to(dtype)
-    if ratio == 1 and method == "interpolate":
-        return inputs["coarse"].to(dtype)
-    wide = {role: inputs[role].float() for role in ROLES[method]}
-    if method == "residue":
-        fine = wide["instruct"] + ratio * (wide["coarse"] - wide["base"])
-    else:
-        fine = (1 - ratio) * wide["instruct"] + ratio * wide["coarse"]
-    return fine.to(dtype)
+    return (delta_c * ratio).add_(instruct)
+
+
+def interpolate(instruct: Tensor, coarse: Tensor, ratio: float) -> Tensor:
+    """``(1 - r) * instruct + r * coarse`` (ours). It is `residue` minus ``r * delta_i``."""
+    return _weighted(instruct, 1 - ratio, coarse, ratio)
+
+
+def task_arithmetic(base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float) -> Tensor:
+    """``base + s * (delta_i + r * delta_c)``: arXiv 2212.04089, section 2, with a weight for the second task vector."""
+    return (delta_c * ratio).add_(delta_i).mul_(scale).add_(base)
+
+
+def slerp(instruct: Tensor, coarse: Tensor, ratio: float, cosine: float) -> Tensor:
+    """Spherical linear interpolation (Shoemake, SIGGRAPH 1985) of flattened tensors; the lengths are interpolated too.
+
+    ``cosine`` is that of the whole tensors. Beyond +-PARALLEL it is `interpolate`.
+    """
+    if abs(cosine) > PARALLEL:
+        return interpolate(instruct, coarse, ratio)
+    angle = acos(cosine)
+    return _weighted(instruct, sin((1 - ratio) * angle) / sin(angle), coarse, sin(ratio * angle) / sin(angle))
+
+
+def ties(base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float, whole: Whole) -> Tensor:
+    """TIES (arXiv 2306.01708, algorithm 1) with weights 1 and r for the deltas.
+
+    Trim: elements below the whole tensor's threshold become 0. Elect: the sign of ``delta_i + r * delta_c``, where 0
+    counts as plus. Merge: the weighted mean of the deltas of that sign, 0 where there is none; times s, onto the base.
+    """
+    delta_i = delta_i.masked_fill(delta_i.abs() < whole.instruct_threshold, 0)
+    delta_c = delta_c.masked_fill(delta_c.abs() < whole.coarse_threshold, 0)
+    plus = delta_c * ratio + delta_i >= 0
+    agree_i = torch.where(plus, delta_i > 0, delta_i < 0).float()
+    agree_c = torch.where(plus, delta_c > 0, delta_c < 0).float().mul_(ratio)
+    weight = agree_i + agree_c
+    mean = agree_i.mul_(delta_i).add_(agree_c.mul_(delta_c)).div_(weight.masked_fill_(weight == 0, 1))
+    return mean.mul_(scale).add_(base)
+
+
+def dare(
+    base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float, factors: Mapping[str, Tensor]
+) -> Tensor:
+    """DARE (arXiv 2311.03099, equations 1 to 3) before task arithmetic.
+
+    ``factors`` holds by role, for each element of a delta, 0 (dropped) or 1 / density (kept): `drop_factors`.
+    """
+    kept_i, kept_c = delta_i * factors["instruct"], delta_c * factors["coarse"]
+    return kept_c.mul_(ratio).add_(kept_i).mul_(scale).add_(base)
+
+
+def widen(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `merge_piece` takes: the models in float32 by role and, where the base model is among them, the deltas."""
+    wide = {role: values.float() for role, values in inputs.items()}
+    if "base" in wide:
+        wide |= {"delta_i": wide["instruct"] - wide["base"], "delta_c": wide["coarse"] - wide["base"]}
+    return wide
+
+
+def merge_piece(
+    method: str,
+    wide: Mapping[str, Tensor],
+    ratio: float,
+    settings: Settings,
+    whole: Whole,
+    factors: Mapping[str, Tensor],
+) -> Tensor:
+    """One piece of a tensor by the method of that name; ``wide``, of `widen`, is not changed."""
+    match method:
+        case "residue":
+            return residue(wide["instruct"], wide["delta_c"], ratio)
+        case "interpolate":
+            return interpolate(wide["instruct"], wide["coarse"], ratio)
+        case "slerp":
+            return slerp(wide["instruct"], wide["coarse"], ratio, whole.cosine)
+    onto_base = (wide["base"], wide["delta_i"], wide["delta_c"], ratio, settings.scale)
+    match method:
+        case "task_arithmetic":
+            return task_arithmetic(*onto_base)
+        case "ties":
+            return ties(*onto_base, whole)
+        case "dare":
+            return dare(*onto_base, factors)
+    raise ValueError(method)
+
+
+def look_at_whole(
+    pieces: Callable[[], Iterable[Mapping[str, Tensor]]], count: int, used: Container[str], settings: Settings
+) -> Whole:
+    """What the methods in ``used`` must know of a tensor of ``count`` elements, from its pieces (`widen`)."""
+    angle, thresholds = 0.0, {"instruct": 0.0, "coarse": 0.0}
+    if "slerp" in used:
+        angle = cosine((piece["instruct"], piece["coarse"]) for piece in pieces())
+    if "ties" in used:
+        for role, density in (("instruct", settings.instruct_density), ("coarse", settings.coarse_density)):
+            if density < 1:
+                deltas = partial(_column, pieces, f"delta_{role[0]}")
+                thresholds[role] = magnitude_threshold(deltas, int(density * count))
+    return Whole(angle, thresholds["instruct"], thresholds["coarse"])
+
+
+def _column(pieces: Callable[[], Iterable[Mapping[str, Tensor]]], key: str) -> Iterator[Tensor]:
+    for piece in pieces():
+        yield piece[key]
+
+
+def drop_factors(generator: np.random.Generator, count: int, density: float) -> Tensor:
+    """0 or 1 / density for each of ``count`` elements: a generator gives the same ones whatever the counts."""
+    kept = torch.from_numpy(generator.random(count, dtype=np.float32)) < density
+    return kept.float().div_(density)
+
+
+def drop_generator(seed: int, tensor: str, role: str) -> np.random.Generator:
+    """The random numbers of one tensor's delta: a function of these three, so of no file, task or order."""
+    key = int.from_bytes(sha256(f"{seed}/{tensor}/{role}".encode()).digest()[:16])
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def cosine(pieces: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Of two float32 vectors given in pieces, in float64; 1 when one of them is zero."""
+    dot = left = right = 0.0
+    for a, b in pieces:
+        a, b = a.double(), b.double()
+        dot, left, right = dot + float(a.dot(b)), left + float(a.dot(a)), right + float(b.dot(b))
+    return max(-1.0, min(1.0, dot / sqrt(left * right))) if left and right else 1.0
+
+
+def magnitude_threshold(pieces: Callable[[], Iterable[Tensor]], keep: int) -> float:
+    """The ``keep``-th largest magnitude of a float32 vector, exactly, from two passes over its pieces.
+
+    The bits of non-negative floats are in the order of their values: one pass counts the upper halves, one the lower
+    halves of those that have the sought upper half. At least one is kept. Elements as large as it are all kept.
+    """
+    upper, left = _bucket((_bits(piece) >> 16 for piece in pieces()), max(keep, 1))
+    lower, _ = _bucket((bits[bits >> 16 == upper] & 0xFFFF for bits in map(_bits, pieces())), left)
+    return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.abs().view(torch.int32)
+
+
+def _bucket(pieces: Iterable[Tensor], keep: int) -> tuple[int, int]:
+    """The ``keep``-th largest of numbers below 2^16, and its rank among those equal to it."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for piece in pieces:
+        counts += torch.bincount(piece, minlength=1 << 16)
+    at_least = counts.flip(0).cumsum(0).flip(0)  # how many are so large or larger
+    bucket = int((at_least >= keep).sum()) - 1
+    return bucket, keep - int(at_least[bucket] - counts[bucket])
+
+
+def _weighted(a: Tensor, weight_a: float, b: Tensor, weight_b: float) -> Tensor:
+    # Not torch.lerp or add(alpha=): a fused multiplication would round differently at the ends of a vector.
+    return (a * weight_a).add_(b * weight_b)

@@ -1,31 +1,76 @@
 """What a merge will read and write, with everything that can be known to be wrong found before Ray starts."""
 
+import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards
+from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards, tensor_bytes
 from c2f_ray.errors import RecipeError
-from c2f_ray.merging.compatibility import Input, check_inputs
-from c2f_ray.merging.methods import ROLES
+from c2f_ray.merging.compatibility import Models, check_inputs
+from c2f_ray.merging.methods import ROLES, Settings
+from c2f_ray.merging.ratios import schedule_ratios
 from c2f_ray.merging.shards import Variant
 from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.schema import Merge
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers", "blake3")
+NUM_SHARDS = 32  # about: as many tasks can work at the same time
+SHARD_BYTES = (2**27, MAX_SHARD_BYTES)  # least and most
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """A merge that can be done."""
 
-    inputs: dict[str, Input]  # by role
+    models: Models
+    recipe: Merge
+    settings: Settings
     variants: list[Variant]
     shards: list[Shard]  # of every variant
     out: Path  # absolute; each variant's folder will be in it, by name
-    allow: list[str]
-    dtype: str | None  # of the files written, a recipe's name; each tensor's in the instruct model when None
+
+    @property
+    def aside(self) -> Path:
+        """Where the work is done until all of it is complete."""
+        return self.out.with_name(self.out.name + ".partial")
+
+    @property
+    def published(self) -> Path:
+        """In `aside`: says that all variants are complete and are being renamed."""
+        return self.aside / "complete"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """All that the bytes of the output depend on. Work left by a merge with the same one can be gone on with."""
+        files = {
+            role: {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in self._input_files(role)}
+            for role in self.models.folders
+        }
+        identity = {
+            "inputs": files,
+            "settings": asdict(self.settings),
+            "shards": [asdict(shard) for shard in self.shards],
+            "recipe": self.recipe.model_dump(exclude={"timeout_s"}),
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+        return json.loads(json.dumps(identity))
+
+    def _input_files(self, role: str) -> list[Path]:
+        folder = self.models.folders[role]
+        weights = {spec.file for spec in self.models.tensors[role].values()}
+        return sorted(weights | {path for path in folder.iterdir() if path.is_file()})
+
+    def goes_on(self) -> bool:
+        """Whether an earlier merge of the same identity has left its work."""
+        path = self.aside / "plan.json"
+        return path.is_file() and json.loads(path.read_text()) == self.identity
 
 
 def check_merge(recipe: Recipe) -> MergePlan:
@@ -43,30 +88,55 @@ def check_merge(recipe: Recipe) -> MergePlan:
         "instruct": ("merge.instruct", settings.instruct),
     }
     needed = {role for method in settings.methods for role in ROLES[method]}
-    inputs = check_inputs({role: model for role, model in given.items() if role in needed}, settings.allow)
-    variants = [Variant(method, ratio) for method in settings.methods for ratio in settings.ratios]
+    models = check_inputs({role: model for role, model in given.items() if role in needed}, settings.allow)
+    specs = models.tensors["instruct"]
     dtype = SAFETENSORS_NAMES[settings.dtype] if settings.dtype else None
-    tensors = {name: (dtype or spec.dtype, spec.shape) for name, spec in inputs["instruct"].tensors.items()}
-    shards = plan_shards(tensors, MAX_SHARD_BYTES)
-    out = (folder / "fine").resolve()
-    _check_outputs(variants, shards, out)
-    return MergePlan(inputs, variants, shards, out, settings.allow, settings.dtype)
+    tensors = {name: (dtype or spec.dtype, spec.shape) for name, spec in specs.items()}
+    least, most = SHARD_BYTES
+    total = sum(tensor_bytes(*tensor) for tensor in tensors.values())
+    plan = MergePlan(
+        models,
+        settings,
+        Settings(settings.scale, settings.instruct_density, settings.coarse_density, recipe.run.seed),
+        _variants(settings, list(specs)),
+        plan_shards(tensors, min(most, max(least, total // NUM_SHARDS))),
+        (folder / "fine").resolve(),
+    )
+    _check_outputs(plan)
+    return plan
 
 
-def _check_outputs(variants: Sequence[Variant], shards: Sequence[Shard], out: Path) -> None:
-    names = [variant.name for variant in variants]
-    problems = [f"merge: {name} is asked for twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [
-        f"merge: {out / name} exists and is not overwritten: remove it, or merge into another folder"
-        for name in names
-        if (out / name).exists()
+def _variants(settings: Merge, tensors: Sequence[str]) -> list[Variant]:
+    ratios = {f"{ratio:g}": dict.fromkeys(tensors, ratio) for ratio in settings.ratios}
+    schedules = {
+        schedule.name: schedule_ratios(f"merge.schedules.{i}", schedule, tensors)
+        for i, schedule in enumerate(settings.schedules)
+    }
+    variants = []
+    for method in settings.methods:
+        variants += [Variant(method, label, by_tensor) for label, by_tensor in (ratios | schedules).items()]
+    labels = [f"{ratio:g}" for ratio in settings.ratios] + [schedule.name for schedule in settings.schedules]
+    twice = sorted({f"{method}-{label}" for method in settings.methods for label in labels if labels.count(label) > 1})
+    twice += sorted({method for method in settings.methods if settings.methods.count(method) > 1})
+    if twice:
+        raise RecipeError(*(f"merge: {name} is asked for twice" for name in twice))
+    return variants
+
+
+def _check_outputs(plan: MergePlan) -> None:
+    goes_on = plan.goes_on()
+    problems = [
+        f"merge: {plan.out / variant.name} exists and is not overwritten: remove it, or merge into another folder"
+        for variant in plan.variants
+        if (plan.out / variant.name).exists() and not (goes_on and plan.published.exists())
     ]
-    existing = next(folder for folder in (out, *out.parents) if folder.is_dir())
-    needed_gib = len(variants) * sum(shard.num_bytes for shard in shards) / 2**30
+    existing = next(folder for folder in (plan.out, *plan.out.parents) if folder.is_dir())
+    left = sum(path.stat().st_size for path in plan.aside.rglob("*") if path.is_file())  # to be used, or removed
+    needed_gib = (len(plan.variants) * sum(shard.num_bytes for shard in plan.shards) - left) / 2**30
     free_gib = shutil.disk_usage(existing).free / 2**30
-    if needed_gib > free_gib:
+    if needed_gib > free_gib and not plan.published.exists():
         problems.append(
-            f"merge: {len(variants)} models need {needed_gib:.1f} GiB and {existing} has {free_gib:.1f} free: "
+            f"merge: {len(plan.variants)} models need {needed_gib:.1f} GiB and {existing} has {free_gib:.1f} free: "
             "take fewer merge.ratios, or another folder"
         )
     if problems:

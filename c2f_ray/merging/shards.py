@@ -1,27 +1,42 @@
-"""Merging as a stream: every input byte is read once, whatever the number of outputs, in a few chunks of memory.
+"""Merging as a stream: every input byte is read once, whatever the number of outputs, in pieces that stay in the cache.
 
 Names, shapes and dtypes are known before the first weight is read, so each output is written front to back while the
 inputs go by.
 """
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import errno
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import EllipsisType
+from uuid import uuid4
 
 import torch
-from safetensors import safe_open
+from torch import Tensor
 
-from c2f_ray.data.model_folder import TensorSpec
 from c2f_ray.data.shards import TORCH_DTYPES, Shard, header, raw_bytes
 from c2f_ray.errors import C2FError
-from c2f_ray.merging.methods import ROLES, merge_tensor
+from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file
+from c2f_ray.merging.methods import (
+    NEED_WHOLE_TENSOR,
+    Settings,
+    Whole,
+    copied_role,
+    drop_factors,
+    drop_generator,
+    look_at_whole,
+    merge_piece,
+    widen,
+)
 
-CHUNK_ELEMENTS = 1 << 18  # of each tensor in memory at a time; larger ones leave the cache
+PIECE = 1 << 16  # elements of each tensor at a time; more leave the cache, fewer are overhead
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not be so large",
+}
 
 
 @dataclass(frozen=True)
@@ -29,74 +44,151 @@ class Variant:
     """One fine actor to be made."""
 
     method: str
-    ratio: float
+    label: str  # the ratio, or the name of its schedule
+    ratios: dict[str, float]  # by tensor
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.ratio:g}"
+        return f"{self.method}-{self.label}"
 
 
 @dataclass(frozen=True)
-class ShardDigests:
-    """SHA-256 hex digests: of each input tensor's bytes, by role and name, and of each variant's whole file."""
+class Work:
+    """What the tasks of a merge have in common."""
 
-    inputs: dict[str, dict[str, str]]
-    files: dict[str, str]
+    files: dict[str, dict[str, Path]]  # by role and tensor
+    rows: dict[str, dict[str, Tensor]]  # by vocabulary tensor and role: int64, the row that holds the same token, or -1
+    variants: list[Variant]
+    settings: Settings
+    aside: Path  # has a folder for each variant, `tmp/` and `records/`
 
 
-def merge_shard(
-    shard: Shard,
-    inputs: Mapping[str, Mapping[str, TensorSpec]],
-    variants: Sequence[Variant],
-    folders: Mapping[str, Path],
-) -> ShardDigests:
-    """Write one shard of every variant into ``folders[variant.name]``.
+def merge_shard(shard: Shard, work: Work) -> None:
+    """Write one file of every variant, and then its record, which says that they are complete.
 
-    ``inputs`` holds each role's tensors of this shard. Raises C2FError when a merged value is not finite, which
-    float16 makes of values beyond 65504.
+    The record `records/FILE.json` holds BLAKE3 hex digests, ``inputs`` of each tensor's bytes by role and name and
+    ``files`` of each variant's whole file, and ``sums`` by tensor: |coarse - base|^2, |instruct - base|^2 and
+    their product, where the base model is read.
+
+    Raises C2FError when a merged value is not finite (float16 makes that of values beyond 65504), when an input ends
+    early, and when there is no room for an output.
     """
-    input_digests: dict[str, dict[str, str]] = {role: {} for role in inputs}
+    temporary = {variant.name: work.aside / "tmp" / f"{variant.name}-{uuid4().hex}" for variant in work.variants}
+    try:
+        record = _write_files(shard, work, temporary)
+        for name, path in temporary.items():
+            path.rename(work.aside / name / shard.file_name)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise C2FError(
+            f"merge: {FULL[error.errno]}: {shard.file_name} could not be written into {work.aside}. Make room and "
+            "merge again: what is finished there is kept"
+        ) from None
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    replace_file(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record))
+
+
+def _write_files(shard: Shard, work: Work, paths: Mapping[str, Path]) -> dict[str, object]:
+    """Write one shard of every variant to ``paths`` and return its record."""
+    digests: dict[str, dict[str, str]] = {role: {} for role in work.files}
+    sums: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        paths = {spec.file for specs in inputs.values() for spec in specs.values()}
-        readers = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-        writers = {name: stack.enter_context((path / shard.file_name).open("wb")) for name, path in folders.items()}
-        file_hashes = {name: hashlib.sha256() for name in folders}
-
-        def write(name: str, data: bytes | memoryview) -> None:
-            writers[name].write(data)
-            file_hashes[name].update(data)
-
-        for name in folders:
-            write(name, header(shard))
-        for tensor, (dtype, shape) in shard.tensors.items():
-            slices = {role: readers[specs[tensor].file].get_slice(tensor) for role, specs in inputs.items()}
-            hashes = {role: hashlib.sha256() for role in inputs}
-            for rows in _row_chunks(shape):
-                chunk = {role: part[rows] for role, part in slices.items()}
-                for role, values in chunk.items():
-                    hashes[role].update(raw_bytes(values))
-                for variant in variants:
-                    roles = {role: chunk[role] for role in ROLES[variant.method]}
-                    fine = merge_tensor(variant.method, roles, variant.ratio, TORCH_DTYPES[dtype])
-                    if fine.numel() and not torch.isfinite(fine.float().abs().amax()):  # NaN passes through amax
-                        raise C2FError(
-                            f"merge: {variant.name} has values in {tensor} that are not finite in {dtype}: "
-                            "check the inputs, or set merge.dtype to bfloat16 or float32"
-                        )
-                    write(variant.name, raw_bytes(fine))
-            for role, digest in hashes.items():
-                input_digests[role][tensor] = digest.hexdigest()
-        for writer in writers.values():
-            writer.flush()
-            os.fsync(writer.fileno())
-    return ShardDigests(input_digests, {name: digest.hexdigest() for name, digest in file_hashes.items()})
+        needed = {by_name[name] for by_name in work.files.values() for name in shard.tensors}
+        inputs = {path: stack.enter_context(InputFile(path)) for path in needed}
+        outputs = {name: stack.enter_context(OutputFile(path)) for name, path in paths.items()}
+        for output in outputs.values():
+            output.write(header(shard))
+        for name, (dtype, _) in shard.tensors.items():
+            models = {role: TensorReader(inputs[by_name[name]], name) for role, by_name in work.files.items()}
+            sums[name] = _merge_tensor(name, TORCH_DTYPES[dtype], models, work, outputs)
+            for role, reader in models.items():
+                digests[role][name] = reader.digest.hexdigest()
+        for output in outputs.values():
+            output.sync()
+    return {"inputs": digests, "files": {name: o.digest.hexdigest() for name, o in outputs.items()}, "sums": sums}
 
 
-def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice | EllipsisType]:
-    """Slices along the first dimension of about CHUNK_ELEMENTS each; everything at once for a scalar."""
-    if not shape:
-        yield ...
-        return
-    step = max(1, CHUNK_ELEMENTS // max(1, prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
+@dataclass(frozen=True)
+class _Piece:
+    inputs: dict[str, Tensor]  # by role, in their own dtypes, 1-D
+    absent: Tensor | None  # bool: elements of tokens that not all models have, where the instruct model's are kept
+
+    def present(self) -> dict[str, Tensor]:
+        return self.inputs if self.absent is None else {r: v[~self.absent] for r, v in self.inputs.items()}
+
+
+def _merge_tensor(
+    name: str, dtype: torch.dtype, readers: Mapping[str, TensorReader], work: Work, outputs: Mapping[str, OutputFile]
+) -> list[float]:
+    """Merge one tensor for all variants; returns its sums, see `merge_shard`."""
+    rows = work.rows.get(name)
+    used = {variant.method for variant in work.variants}
+    if rows is not None or not used.isdisjoint(NEED_WHOLE_TENSOR):
+        tensors = {role: reader.read(prod(reader.shape)).view(reader.shape) for role, reader in readers.items()}
+        absent = _align_rows(tensors, rows) if rows is not None else None
+        flat = {role: tensor.reshape(-1) for role, tensor in tensors.items()}
+        count = flat["instruct"].numel()
+
+        def pieces() -> Iterator[_Piece]:
+            for part in _parts(count):
+                cut = {role: tensor[part] for role, tensor in flat.items()}
+                yield _Piece(cut, None if absent is None else absent[part])
+
+        present = count if absent is None else int((~absent).sum())
+        whole = look_at_whole(lambda: (widen(p.present()) for p in pieces()), present, used, work.settings)
+    else:
+        count, whole = prod(readers["instruct"].shape), Whole()
+
+        def pieces() -> Iterator[_Piece]:
+            for part in _parts(count):
+                yield _Piece({role: reader.read(part.stop - part.start) for role, reader in readers.items()}, None)
+
+    densities = {"instruct": work.settings.instruct_density, "coarse": work.settings.coarse_density}
+    generators = {role: drop_generator(work.settings.seed, name, role) for role in densities} if "dare" in used else {}
+    sums = [0.0, 0.0, 0.0]
+    for piece in pieces():
+        wide = widen(piece.inputs)
+        size = wide["instruct"].numel()
+        factors = {role: drop_factors(random, size, densities[role]) for role, random in generators.items()}
+        for variant in work.variants:
+            ratio = variant.ratios[name]
+            copied = copied_role(variant.method, ratio, work.settings)
+            if copied:
+                fine = piece.inputs[copied].to(dtype)
+            else:
+                fine = merge_piece(variant.method, wide, ratio, work.settings, whole, factors).to(dtype)
+            if piece.absent is not None:
+                fine = torch.where(piece.absent, piece.inputs["instruct"].to(dtype), fine)
+            if not torch.isfinite(fine.sum(dtype=torch.float32)) and not torch.isfinite(fine).all():
+                said = str(dtype).removeprefix("torch.")
+                raise C2FError(
+                    f"merge: {variant.name} has values in {name} that are not finite in {said}: check the inputs, "
+                    "or set merge.dtype to bfloat16 or float32"
+                )
+            outputs[variant.name].write(raw_bytes(fine))
+        if "base" in wide:
+            coarse, instruct = wide["delta_c"], wide["delta_i"]
+            for i, (a, b) in enumerate([(coarse, coarse), (instruct, instruct), (coarse, instruct)]):
+                sums[i] += float(a.dot(b))
+    return sums
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for start in range(0, count, PIECE):
+        yield slice(start, min(start + PIECE, count))
+
+
+def _align_rows(tensors: dict[str, Tensor], rows: Mapping[str, Tensor]) -> Tensor:
+    """Bring the other models' rows into the instruct model's order; returns which elements not all models have.
+
+    Such rows become the instruct model's in all of them, so that they count as unchanged.
+    """
+    instruct = tensors["instruct"]
+    absent = torch.stack(list(rows.values())).amin(0) < 0
+    for role, order in rows.items():
+        tensors[role] = tensors[role][order.clamp(min=0)]
+        tensors[role][absent] = instruct[absent].to(tensors[role].dtype)
+    return absent.repeat_interleave(instruct[0].numel())

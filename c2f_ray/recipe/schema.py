@@ -315,14 +315,67 @@ class Weights(Section):
     timeout_s: Positive = 600  # of one whole transfer
 
 
+class RatioRule(Section):
+    """The ratio of some of a model's tensors: those of a range of layers, those whose name fits, or those of both."""
+
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None  # first, last
+    modules: str | None = None  # a shell pattern for whole tensor names, such as "*.self_attn.*"
+    ratio: Share | None = None
+    gradient: Annotated[list[Share], Field(min_length=2)] | None = (
+        None  # even distances over the layers, linear between
+    )
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> "RatioRule":
+        if (self.ratio is None) == (self.gradient is None):
+            raise ValueError("give exactly one of ratio and gradient")
+        if self.layers is None and self.modules is None and self.gradient is None:
+            raise ValueError("give layers or modules; the ratio of all other tensors is the schedule's")
+        if self.layers is not None and self.layers[0] > self.layers[1]:
+            raise ValueError(f"layers are first and last, counted from 0; {self.layers[0]} is after {self.layers[1]}")
+        return self
+
+
+class RatioSchedule(Section):
+    """A fine actor whose ratio is not the same everywhere. A tensor takes the first rule that fits it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z]\w*$")]  # its folder is METHOD-NAME
+    ratio: Share  # of tensors that no rule fits
+    rules: Annotated[list[RatioRule], Field(min_length=1)]
+
+
+MergeMethod = Literal["residue", "interpolate", "task_arithmetic", "slerp", "ties", "dare"]
+MERGE_METHODS_WITH = {"scale": ("task_arithmetic", "ties", "dare")}
+MERGE_METHODS_WITH |= dict.fromkeys(("coarse_density", "instruct_density"), ("ties", "dare"))
+
+
 class Merge(Section):
     instruct: str  # Hugging Face folder, or a name on the hub
     base: str | None = None  # `policy.model` when not given
     coarse: str | None = None  # the run's `coarse/` when not given
-    methods: Annotated[list[Literal["residue", "interpolate"]], Field(min_length=1)] = ["residue"]
-    ratios: Annotated[list[Share], Field(min_length=1)]
+    methods: Annotated[list[MergeMethod], Field(min_length=1)] = ["residue"]
+    ratios: list[Share] = []  # one fine actor for each, by each method
+    schedules: list[RatioSchedule] = []  # and one for each of these
+    scale: Positive = 1.0  # lambda of task_arithmetic, ties and dare: of everything that is added to the base
+    coarse_density: Annotated[float, Field(gt=0, le=1)] = 0.5  # ties and dare: share of the coarse delta that is kept
+    instruct_density: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # of the instruct delta; 1: ratio 0 is the instruct model
+    )
     allow: list[str] = []  # configuration fields in which the models may differ; `tokenizer` for their vocabularies
     dtype: Dtype | None = None  # of the files written; the instruct model's when not given
+    timeout_s: Positive = 3600  # of one weight file, of which a merge writes about 32 for each fine actor
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> "Merge":
+        if not self.ratios and not self.schedules:
+            raise ValueError("give ratios or schedules")
+        for field, methods in MERGE_METHODS_WITH.items():
+            changed = getattr(self, field) != type(self).model_fields[field].default
+            if changed and not set(methods) & set(self.methods):
+                raise ValueError(
+                    f"{field} has no effect on methods {self.methods}; leave it out, or add {methods[0]!r}"
+                )
+        return self
 
 
 class Evaluate(Section):

@@ -85,6 +85,32 @@ def compare(runs: Mapping[str, Sequence[MetricsLine]]) -> dict[str, str]:
     return drawn
 
 
+def diagnosis_chart(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of the norms of the coarse and the instruct delta by layer, and below them of their cosine.
+
+    ``rows`` are those of a run's `diagnosis.json`; what lies outside the layers is not drawn.
+    """
+    layers = [row for row in rows if row["name"].startswith("layer ")]
+    title = "Deltas by layer"
+    with mpl.rc_context(STYLE):
+        figure, (norms, cosines) = _figure(rows=2, height=3.4)
+        numbers = [int(row["name"].removeprefix("layer ")) for row in layers]
+        for key, label, colour in [
+            ("residue_norm", "|coarse - base|", SERIES[0]),
+            ("instruct_norm", "|instruct - base|", SERIES[1]),
+        ]:
+            norms.plot(numbers, [row[key] for row in layers], label=label, color=colour, marker="o", markersize=3)
+        norms.set_ylim(bottom=0)
+        norms.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.4)
+        values = [np.nan if row["cosine"] is None else row["cosine"] for row in layers]
+        cosines.plot(numbers, values, color=SERIES[2], marker="o", markersize=3)
+        cosines.axhline(0, color=INK, linewidth=0.6)
+        cosines.set_ylim(-1.05, 1.05)
+        cosines.set_ylabel("cosine")
+        cosines.set_xlabel("layer")
+        return _svg(figure, title)
+
+
 def column(lines: Sequence[MetricsLine], key: str) -> NDArray[np.float64] | None:
     """One metric by step, NaN where a step lacks it; None when every step does."""
     values = np.array([np.nan if line.get(key) is None else line[key] for line in lines], np.float64)

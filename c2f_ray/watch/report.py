@@ -14,7 +14,7 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from c2f_ray.watch.charts import charts, column, compare
+from c2f_ray.watch.charts import charts, column, compare, diagnosis_chart
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
 from c2f_ray.watch.progress import duration
 
@@ -59,6 +59,7 @@ def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
     compared = compare({run_folder.resolve().name: lines, **others}) if others else {}
     sections["compared"] = {k: Markup(svg) for k, svg in compared.items()}
     section("evaluation", evaluation and _table(evaluation), "evaluation: there is no evaluation.json")
+    section("merge", _diagnosis(run_folder), "merge: there is no diagnosis.json of a method that reads the base model")
     section("responses", _responses(run_folder, evaluation), "responses: there is nothing in evaluation/")
     section("training", _training_samples(run_folder), "samples from training: there is nothing in trajectories/")
     section("recipe", recipe.read_text() if recipe.is_file() else "", "recipe: there is no recipe.yaml")
@@ -112,6 +113,20 @@ def _table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if evaluation["best"]:
         caption += "; * marks the best fine actor"
     return {"titles": [title for _, title, _ in columns], "rows": rows, "caption": caption}
+
+
+def _diagnosis(run_folder: Path) -> dict[str, Any]:
+    """What the coarse actor changed beside the instruct model: a table, a row for each layer, and its chart."""
+    path = run_folder / "diagnosis.json"
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    columns = [("residue_norm", "{:.4g}"), ("instruct_norm", "{:.4g}"), ("cosine", "{:.3f}")]
+    return {
+        "titles": ["|coarse - base|", "|instruct - base|", "cosine"],
+        "rows": [{"name": row["name"], "cells": [_cell(row[key], form) for key, form in columns]} for row in rows],
+        "chart": Markup(diagnosis_chart(rows)),
+    }
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -1,6 +1,5 @@
 """The merge job on real folders, in real Ray tasks."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -8,11 +7,14 @@ import numpy as np
 import pytest
 import ray
 import torch
+from blake3 import blake3
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging import job
+from c2f_ray.merging import plan as planning
 from c2f_ray.merging.job import merge, run_merge
 from c2f_ray.merging.plan import check_merge
 from c2f_ray.recipe import Recipe, load_recipe
@@ -44,6 +46,8 @@ def make_models(root: Path, dtype: torch.dtype, tied: bool, max_shard_size: str)
         model.save_pretrained(folders[role], max_shard_size="1GB" if role == "base" else max_shard_size)
     policy_tokenizer(with_template=True).save_pretrained(folders["instruct"])
     (folders["instruct"] / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
+    (folders["instruct"] / "README.md").write_text("---\nlicense: llama3\n---\n# A model\n")
+    (folders["base"] / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (folders["instruct"] / "notes.md").write_text("not for the fine actor")
     return folders
 
@@ -51,7 +55,7 @@ def make_models(root: Path, dtype: torch.dtype, tied: bool, max_shard_size: str)
 def recipe_for(models: dict[str, Path], root: Path, **settings) -> Recipe:
     """The fine actors of ``models`` go to ``root/run/fine``. Only the merge section means anything."""
     section = {role: str(model) for role, model in models.items()}
-    section |= {"methods": ["residue"], "ratios": [0.4], "allow": [], "dtype": None} | settings
+    section |= {"methods": ["residue"], "ratios": [0.4]} | settings
     run = (f"run.folder={root}", "run.name=run")
     return load_recipe(CONFIGS / "tiny.yaml", *run, f"merge={json.dumps(section)}")
 
@@ -68,9 +72,12 @@ def nearest_bf16(values: np.ndarray) -> np.ndarray:
 def expected_values(method: str, ratio: float, tensors: dict[str, np.ndarray]) -> np.ndarray:
     """The formulas in numpy's float32, on their own."""
     ratio32, rest32 = np.float32(ratio), np.float32(1 - ratio)
+    if method == "interpolate":
+        return rest32 * tensors["instruct"] + ratio32 * tensors["coarse"]
+    residue = ratio32 * (tensors["coarse"] - tensors["base"])
     if method == "residue":
-        return tensors["instruct"] + ratio32 * (tensors["coarse"] - tensors["base"])
-    return rest32 * tensors["instruct"] + ratio32 * tensors["coarse"]
+        return tensors["instruct"] + residue
+    return tensors["base"] + ((tensors["instruct"] - tensors["base"]) + residue)  # task arithmetic
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -80,13 +87,13 @@ def test_every_element_of_every_output(cluster, tmp_path, monkeypatch, dtype, ti
     models = make_models(tmp_path, dtype, tied, max_shard_size)
     assert (models["coarse"] / "model.safetensors.index.json").exists() == (max_shard_size == "16KB")
     if max_shard_size == "16KB":
-        monkeypatch.setattr("c2f_ray.merging.plan.MAX_SHARD_BYTES", 20_000)
-    methods, ratios = ["residue", "interpolate"], [0.0, 0.3, 1.0]
+        monkeypatch.setattr(planning, "SHARD_BYTES", (20_000, 20_000))
+    methods, ratios = ["residue", "interpolate", "task_arithmetic"], [0.0, 0.3, 1.0]
     out = tmp_path / "run" / "fine"
     folders = merge(recipe_for(models, tmp_path, methods=methods, ratios=ratios))
     assert [folder.name for folder in folders] == [f"{m}-{r:g}" for m in methods for r in ratios]
     assert sorted(out.iterdir()) == sorted(folders)
-    assert [path.name for path in out.parent.iterdir()] == ["fine"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["diagnosis.json", "fine"]
 
     inputs = {role: load_folder(folder) for role, folder in models.items()}
     for folder in folders:
@@ -97,22 +104,22 @@ def test_every_element_of_every_output(cluster, tmp_path, monkeypatch, dtype, ti
         for name, tensor in fine.items():
             assert tensor.dtype == dtype
             wide = {role: tensors[name].float().numpy() for role, tensors in inputs.items()}
-            values = expected_values(method, float(ratio), wide)
+            values = expected_values(method, float(ratio), wide) if ratio != "0" else wide["instruct"]
             values = values if dtype == torch.float32 else nearest_bf16(values)
             assert np.array_equal(tensor.float().numpy(), values), (folder.name, name)
 
     def bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
         return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
-    assert bits(load_folder(out / "residue-0")) == bits(inputs["instruct"])
-    assert bits(load_folder(out / "interpolate-0")) == bits(inputs["instruct"])
+    for method in methods:
+        assert bits(load_folder(out / f"{method}-0")) == bits(inputs["instruct"])
     assert bits(load_folder(out / "interpolate-1")) == bits(inputs["coarse"])
     # A residue at ratio 1 keeps what instruct has beyond base.
     assert bits(load_folder(out / "residue-1")) != bits(inputs["coarse"])
 
 
 def test_a_fine_folder_is_an_ordinary_one(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("c2f_ray.merging.plan.MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(planning, "SHARD_BYTES", (20_000, 20_000))
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
     (folder,) = merge(recipe_for(models, tmp_path, dtype="bfloat16"))
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -150,20 +157,54 @@ def test_the_manifest_can_be_checked_by_hand(cluster, tmp_path):
     manifests = [json.loads((folder / "merge.json").read_text()) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         assert manifest["ratio"] == 0.25
-        assert manifest["files_sha256"] == {
-            "model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert manifest["files_blake3"] == {
+            "model.safetensors": blake3((folder / "model.safetensors").read_bytes()).hexdigest()
         }
     assert manifests[0]["formula"] == "fine = instruct + ratio * (coarse - base)"
     assert set(manifests[0]["inputs"]) == set(ROLES)
     assert set(manifests[1]["inputs"]) == {"coarse", "instruct"}  # interpolation has no use for the base model
     for role, said in manifests[0]["inputs"].items():
         lines = "".join(
-            f"{name} {hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()}\n"
+            f"{name} {blake3(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()}\n"
             for name, tensor in sorted(load_folder(models[role]).items())
         )
-        assert said["tensors_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+        assert said["tensors_blake3"] == blake3(lines.encode()).hexdigest()
         assert said["folder"] == str(models[role])
-    assert manifests[0]["inputs"]["coarse"]["tensors_sha256"] in (folders[0] / "README.md").read_text()
+        assert said["config"] == json.loads((models[role] / "config.json").read_text())
+    card = (folders[0] / "README.md").read_text()
+    assert manifests[0]["inputs"]["coarse"]["tensors_blake3"] in card
+    assert metadata_load(folders[0] / "README.md")["license"] == "llama3"
+    assert f"| base | `{models['base']}` | apache-2.0 |" in card
+    assert f"| coarse | `{models['coarse']}` | not stated |" in card
+
+
+def test_settings_and_schedules_are_in_the_manifest(cluster, tmp_path):
+    models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
+    schedule = {
+        "name": "late",
+        "ratio": 0.0,
+        "rules": [{"gradient": [0.0, 0.5]}, {"modules": "lm_head.*", "ratio": 1.0}],
+    }
+    methods = ["interpolate", "dare", "ties"]
+    settings = {"ratios": [], "schedules": [schedule], "coarse_density": 0.25, "scale": 0.5}
+    folders = merge(recipe_for(models, tmp_path, methods=methods, **settings))
+    assert [folder.name for folder in folders] == ["interpolate-late", "dare-late", "ties-late"]
+    manifests = [json.loads((folder / "merge.json").read_text()) for folder in folders]
+    assert [manifest["ratio"]["name"] for manifest in manifests] == ["late"] * 3
+    assert manifests[0]["ratio"]["rules"][0]["gradient"] == [0.0, 0.5]
+    kept = {"scale": 0.5, "coarse_density": 0.25, "instruct_density": 1.0}
+    assert "scale" not in manifests[0]
+    assert {key: manifests[2][key] for key in kept} == kept
+    assert "seed" not in manifests[2]
+    assert manifests[1]["seed"] == 1  # the recipe's run.seed
+    inputs = {role: load_folder(folder) for role, folder in models.items()}
+    fine = load_folder(folders[0])
+    assert torch.equal(fine["lm_head.weight"], inputs["coarse"]["lm_head.weight"])
+    for name in fine:
+        if not name.startswith("model.layers.1."):
+            assert name == "lm_head.weight" or torch.equal(fine[name], inputs["instruct"][name])
+        else:
+            assert torch.equal(fine[name], inputs["instruct"][name] * 0.5 + inputs["coarse"][name] * 0.5)
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -223,7 +264,7 @@ def test_an_existing_model_is_not_overwritten(cluster, tmp_path):
         check_merge(recipe_for(models, tmp_path, ratios=[0.2, 0.4]))
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["residue-0.4"]
-    # A killed job leaves its work in `fine.partial`, which the next one replaces.
+    # A killed job leaves its work in `fine.partial`, which one that merges something else replaces.
     half = tmp_path / "run" / "fine.partial" / "residue-0.1"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
@@ -233,12 +274,16 @@ def test_an_existing_model_is_not_overwritten(cluster, tmp_path):
 
 
 def test_a_failure_halfway_leaves_no_folder(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("c2f_ray.merging.plan.MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(planning, "SHARD_BYTES", (20_000, 20_000))
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
     change_tensors(models["coarse"], lambda tensors: tensors["model.norm.weight"].fill_(1e38))
-    with pytest.raises(C2FError, match=r"residue-0\.5 has values in model\.norm\.weight that are not finite in F16"):
+    with pytest.raises(
+        C2FError, match=r"residue-0\.5 has values in model\.norm\.weight that are not finite in float16"
+    ):
         merge(recipe_for(models, tmp_path, ratios=[0.0, 0.5], dtype="float16"))
-    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["fine.partial"]
+    merge(recipe_for(models, tmp_path, ratios=[0.0, 0.5], dtype="bfloat16"))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["diagnosis.json", "fine"]
 
 
 def test_a_cluster_without_room_is_named_at_the_deadline(cluster, tmp_path):
@@ -250,10 +295,10 @@ def test_a_cluster_without_room_is_named_at_the_deadline(cluster, tmp_path):
             DeadlineError,
             match=r"none of model\.safetensors was finished in 1 s.*the cluster has \d+, of which 0 are free",
         ):
-            run_merge(check_merge(recipe_for(models, tmp_path)), timeout_s=1)
+            run_merge(check_merge(recipe_for(models, tmp_path, timeout_s=1)))
     finally:
         ray.util.remove_placement_group(group)
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run" / "fine").exists()
 
 
 @pytest.fixture

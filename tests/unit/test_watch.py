@@ -150,6 +150,10 @@ def fill_run(run: Path) -> None:
     (run / "recipe.yaml").write_text("run:\n  name: <b>bold</b>\n")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in (1, 2, 3)))
     (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+    deltas = [("layer 0", 0.25, 1.5, -0.5), ("layer 1", 0.5, 2.0, 0.125), ("norm", 0.0, 1.0, None)]
+    keys = ("name", "residue_norm", "instruct_norm", "cosine")
+    diagnosis = {"rows": [dict(zip(keys, row, strict=True)) for row in deltas]}
+    (run / "diagnosis.json").write_text(json.dumps(diagnosis))
     for name, said in [("base", HOSTILE), ("coarse", "again\n" * 2000), ("residue-0.4", "just right")]:
         rows = [answer("q1", said, strict=1.0), answer("q2", f"{name} on q2", finished=False)]
         pq.write_table(pa.Table.from_pylist(rows), run / "evaluation" / f"{name}.parquet")
@@ -195,13 +199,17 @@ def test_the_report_shows_what_the_run_wrote(tmp_path):
     assert page.texts["h2"] == [
         "Evaluation",
         "Training",
+        "What the coarse actor changed",
         "Responses to held-out prompts",
         "Samples during training",
         "Recipe",
     ]
-    assert page.tags.count("svg") == 4
-    assert page.texts["th"] == ["model", "reward", "length", "distinct-4", "base", "coarse@96", "residue-0.4 *"]
-    assert page.texts["td"] == ["-1.000", "20.0", "-", "0.500", "96.0", "0.250", "1.250", "40.0", "0.875"]
+    assert page.tags.count("svg") == 5
+    models = ["model", "reward", "length", "distinct-4", "base", "coarse@96", "residue-0.4 *"]
+    deltas = ["part", "|coarse - base|", "|instruct - base|", "cosine", "layer 0", "layer 1", "norm"]
+    assert page.texts["th"] == models + deltas
+    assert page.texts["td"][:9] == ["-1.000", "20.0", "-", "0.500", "96.0", "0.250", "1.250", "40.0", "0.875"]
+    assert page.texts["td"][9:] == ["0.25", "1.5", "-0.500", "0.5", "2", "0.125", "0", "1", "-"]
     pre = page.texts["pre"]
     assert pre[:4] == ["prompt q1", HOSTILE, "again\n" * 1000 + "\n[... 6000 more characters]", "just right"]
     assert pre[4:8] == ["prompt q2", "base on q2", "coarse on q2", "residue-0.4 on q2"]
@@ -224,7 +232,7 @@ def test_several_runs_are_drawn_side_by_side(tmp_path):
     assert page.texts["h3"][:10] == [
         "Reward", "Response length (tokens)", "KL to the reference policy", "Critic", "Time per step (s)",
         "Sampled reward of each run", "Mean response length of each run (tokens)", "KL of each run (nats per response)",
-        "Time of each run's updates (s)", "Prompt q1",
+        "Time of each run's updates (s)", "Norms and cosine of the deltas by layer",
     ]  # fmt: skip
     assert html.count(">remax<") == html.count(">ppo<") == 4, "one legend in each chart"
     assert "Beside other runs" not in write_report(tmp_path / "ppo").read_text()
@@ -240,7 +248,7 @@ def test_the_report_loads_nothing_and_runs_nothing(tmp_path):
     assert all(value.startswith(("#", "data:")) for value in links)
     assert not re.search(r"url\((?!#)", html)
     ids = [value for name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids)) > 10  # four charts in one document
+    assert len(ids) == len(set(ids)) > 10  # five charts in one document
     # Every stand-in colour has become a variable of the theme.
     assert "#00ff0" not in html
     assert "var(--series-1)" in html
@@ -257,6 +265,7 @@ def test_an_unfinished_run_has_a_report_that_says_what_is_missing(tmp_path):
     assert page.texts["h3"] == ["Reward"]
     assert [text.split(":")[0] for text in page.texts["li"]] == [
         "evaluation",
+        "merge",
         "responses",
         "samples from training",
         "recipe",

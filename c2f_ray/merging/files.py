@@ -1,0 +1,91 @@
+"""Safetensors files as streams: read and written front to back, each byte once and hashed on its way.
+
+The library maps a file into memory, or wants all tensors of an output at once; neither bounds a merge's memory.
+"""
+
+import json
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from c2f_ray.data.shards import TORCH_DTYPES
+from c2f_ray.errors import C2FError
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that is whole whenever it is there."""
+    partial = path.with_name(f"{path.name}.{uuid4().hex}")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+class InputFile:
+    """A safetensors file that is read at given places, without mapping it into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path.open("rb", buffering=0)
+        size = int.from_bytes(self.file.read(8), "little")
+        header = json.loads(self.file.read(size))
+        self.tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        self.start = 8 + size  # of the data
+
+    def __enter__(self) -> "InputFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def read(self, start: int, count: int) -> Tensor:
+        """``count`` bytes from ``start`` on, as uint8."""
+        data = torch.empty(count, dtype=torch.uint8)
+        view = data.numpy().data
+        while view:
+            got = os.preadv(self.file.fileno(), [view], start)
+            if not got:
+                raise C2FError(f"merge: {self.path} ends at byte {start}, before its tensors do: copy it again")
+            start, view = start + got, view[got:]
+        return data
+
+
+class TensorReader:
+    """One tensor of one model, read once, from its first element to its last."""
+
+    def __init__(self, file: InputFile, name: str) -> None:
+        entry = file.tensors[name]
+        self.file = file
+        self.dtype = TORCH_DTYPES[entry["dtype"]]
+        self.shape = tuple(entry["shape"])
+        self.next = file.start + entry["data_offsets"][0]
+        self.digest = blake3()
+
+    def read(self, count: int) -> Tensor:
+        """The next ``count`` elements, in their own dtype."""
+        data = self.file.read(self.next, count * self.dtype.itemsize)
+        self.next += data.numel()
+        self.digest.update(data.numpy().data)
+        return data.view(self.dtype)
+
+
+class OutputFile:
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.digest = blake3()
+
+    def __enter__(self) -> "OutputFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())

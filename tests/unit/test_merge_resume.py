@@ -1,0 +1,151 @@
+"""A merge that is killed at any point and run again ends with the bytes of an undisturbed one. No Ray."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from c2f_ray.errors import C2FError, RecipeError
+from c2f_ray.merging import job, shards
+from c2f_ray.merging import plan as planning
+from c2f_ray.merging.compatibility import Models, check_inputs
+from c2f_ray.merging.files import OutputFile
+from c2f_ray.merging.job import run_merge
+from c2f_ray.merging.plan import MergePlan, check_merge
+from c2f_ray.recipe import load_recipe
+from c2f_ray.tiny.tokenizer import policy_tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIG = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 16, "vocab_size": 40}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """Three models of two weight files each, and a merge that runs its tasks here, one after the other."""
+    for seed, role in enumerate(("base", "coarse", "instruct")):
+        policy_tokenizer(with_template=True).save_pretrained(tmp_path / role)
+        (tmp_path / role / "config.json").write_text(json.dumps(CONFIG))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {f"model.layers.{i}.weight": torch.randn(50, generator=generator) for i in range(4)}
+        save_file(tensors, tmp_path / role / "model.safetensors")
+    monkeypatch.setattr(planning, "SHARD_BYTES", (400, 400))
+    checked: list[Models] = []  # only once: it is most of the time, and the models stay as they are
+
+    def check_once(*given: object) -> Models:
+        checked[:] = checked or [check_inputs(*given)]
+        return checked[0]
+
+    monkeypatch.setattr(planning, "check_inputs", check_once)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+    def run_here(plan: MergePlan, todo: list[shards.Shard], _: str) -> None:
+        files = {role: {name: spec.file for name, spec in t.items()} for role, t in plan.models.tensors.items()}
+        for shard in todo:
+            shards.merge_shard(shard, shards.Work(files, {}, plan.variants, plan.settings, plan.aside))
+
+    monkeypatch.setattr(job, "_run_tasks", run_here)
+    monkeypatch.setattr(job, "_strategy", lambda _: "")
+    return tmp_path
+
+
+def plan_in(root: Path, run: str, *overrides: str) -> MergePlan:
+    models = [f"merge.{role}={root / role}" for role in ("base", "coarse", "instruct")]
+    methods = ["merge.methods=[residue, dare]", "merge.ratios=[0.25]"]
+    return check_merge(
+        load_recipe(CONFIGS / "tiny.yaml", f"run.folder={root}", f"run.name={run}", *models, *methods, *overrides)
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Death(BaseException):
+    """The process is gone: nothing that it would still do, such as cleaning up, happens."""
+
+
+# All through which a merge changes what is on the disk.
+STEPS = [(Path, name) for name in ("rename", "mkdir", "touch", "write_text", "unlink")]
+STEPS += [(OutputFile, "write"), (os, "fsync"), (shutil, "rmtree"), (shutil, "copyfile")]
+
+
+def run_and_die(root: Path, at: int) -> bool:
+    """Merge, and die at the step number ``at``; whether it came to it."""
+    steps = 0
+
+    def dying(do: Callable) -> Callable:
+        def step(*args, **options):
+            nonlocal steps
+            steps += 1
+            if steps >= at:
+                raise Death
+            return do(*args, **options)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in STEPS:
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        try:
+            run_merge(plan_in(root, "killed"))
+        except Death:
+            return True
+    return False
+
+
+def test_killed_at_any_point_and_run_again(root):
+    undisturbed = run_merge(plan_in(root, "undisturbed"))
+    expected = contents(root / "undisturbed")
+    assert len([name for name in expected if name.endswith(".safetensors")]) == 2 * 2
+    at, went_on = 1, 0
+    while run_and_die(root, at):
+        fine = root / "killed" / "fine"
+        for folder in fine.glob("*"):  # what is there is whole
+            assert contents(folder) == contents(root / "undisturbed" / "fine" / folder.name)
+        went_on += any((root / "killed").glob("fine.partial/records/*"))
+        assert run_merge(plan_in(root, "killed")) == [fine / folder.name for folder in undisturbed]
+        assert contents(root / "killed") == expected
+        shutil.rmtree(root / "killed")
+        at += 1
+    assert at > 50
+    assert went_on > 25
+
+
+def test_what_is_finished_is_not_done_again_and_only_for_the_same_merge(root, monkeypatch):
+    merged = []
+    merge_shard = shards.merge_shard
+
+    def failing(shard: shards.Shard, work: shards.Work) -> None:
+        merged.append(shard.file_name)
+        if len(merged) == 2:
+            raise C2FError("the disk is full")
+        merge_shard(shard, work)
+
+    monkeypatch.setattr(shards, "merge_shard", failing)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    with pytest.raises(C2FError, match="the disk is full"):
+        run_merge(plan_in(root, "run"))
+    assert not (root / "run" / "fine").exists()
+    run_merge(plan_in(root, "run"))
+    assert merged == [first, second, second]
+    # Another seed, another input: everything again.
+    for change in (["run.seed=1"], []):
+        merged[:] = [""]
+        with pytest.raises(C2FError):
+            run_merge(plan_in(root, "other", "merge.ratios=[0.125]"))
+        if not change:
+            os.utime(root / "coarse" / "model.safetensors")
+        run_merge(plan_in(root, "other", "merge.ratios=[0.125]", *change))
+        assert merged == ["", first, first, second]
+        shutil.rmtree(root / "other")
+
+
+def test_finished_models_are_not_overwritten(root):
+    run_merge(plan_in(root, "run"))
+    with pytest.raises(RecipeError, match=r"residue-0\.25 exists and is not overwritten"):
+        plan_in(root, "run")
