@@ -48,6 +48,19 @@ def test_recipes_are_checked_without_torch():
         ("run.steps=abc", "run.steps: 'abc': input should be a valid integer"),
         ("rollout.top_p=1.5", "rollout.top_p: 1.5: input should be less than or equal to 1"),
         ("merge.ratios=[0.5, 1.5]", "merge.ratios.1: 1.5: input should be less than or equal to 1"),
+        ("merge.ratios=[]", "merge: give ratios or schedules"),
+        (
+            "merge.scale=0.5",
+            "merge: scale has no effect on methods ['residue', 'interpolate']; leave it out, or add 'task_arithmetic'",
+        ),
+        (
+            "merge.schedules=[{name: a, ratio: 0, rules: [{layers: [3, 1], ratio: 1}]}]",
+            "merge.schedules.0.rules.0: layers are first and last, counted from 0; 3 is after 1",
+        ),
+        (
+            "merge.schedules=[{name: a, ratio: 0, rules: [{modules: lm_head.*}]}]",
+            "merge.schedules.0.rules.0: give exactly one of ratio and gradient",
+        ),
         (
             "learner.algorithm=remx",
             "learner.algorithm: 'remx' is not one of remax, ppo, rejection_sampling; did you mean remax?",
