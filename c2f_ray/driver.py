@@ -46,7 +46,7 @@ class Rollouts:
     """A step's trajectories, scored: `info` and `rewards` have one entry for each, by sample id."""
 
     shards: list[Any]  # references, in order of arrival
-    reward_refs: list[Any]  # the same
+    shard_rewards: list[Float32]  # of each shard
     info: TrajectoryInfo
     rewards: Float32
 
@@ -117,7 +117,7 @@ class Training:
             closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
         )
         self.rewards = stack.enter_context(
-            closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, ray.put(prompts.messages)))
+            closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, self.prompts))
         )
         self.learner = LearnerGroup(recipe, checked.total_steps)
         stack.callback(lambda: self.learner.close())  # whichever it is then
@@ -325,20 +325,21 @@ class Training:
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
         with self.timed("rollout", progress):
-            reward_refs = []
+            scorings = []
             ordered = self.recipe.run.deterministic
             for shard, info in self.rollouts.generate(requests, limit, ordered, self.revive):
                 shards.append(shard)
                 infos.append(info)
-                reward_refs.append(self.rewards.submit(shard))
+                scorings.append(self.rewards.submit(shard))
         with self.timed("reward", progress):
-            rewards = np.concatenate(self.rewards.collect(reward_refs))
+            shard_rewards = self.rewards.collect(scorings)
+        rewards = np.concatenate(shard_rewards)
         info = TrajectoryInfo.concat(infos)
         order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
         info, rewards = info.select(order), rewards[order]
         if info.sample_id.tolist() != [request.sample_id for request in requests]:
             raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
-        return Rollouts(shards, reward_refs, info, rewards)
+        return Rollouts(shards, shard_rewards, info, rewards)
 
     def checkpoint(self) -> None:
         """Writes one; all that belongs to its steps is on disk before."""
@@ -356,7 +357,7 @@ class Training:
             self.recipe.policy.model,
             self.prompts,
             rollouts.shards,
-            rollouts.reward_refs,
+            rollouts.shard_rewards,
             self.recipe.rollout.timeout_s,
         )
         self.saving.append(task)

@@ -18,8 +18,16 @@ from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set, prom
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.errors import NotBuiltError, RecipeError
+from c2f_ray.functions import load_function
 from c2f_ray.recipe import Recipe, load_recipe
-from c2f_ray.recipe.schema import PPOLearner, RejectionSamplingLearner, Reward, UltraRMReward, critic_model
+from c2f_ray.recipe.schema import (
+    FunctionReward,
+    PPOLearner,
+    RejectionSamplingLearner,
+    Reward,
+    UltraRMReward,
+    critic_model,
+)
 from c2f_ray.reward.ultrarm import check_ultrarm_folder
 
 T = TypeVar("T")
@@ -33,7 +41,7 @@ class Checked:
     groups: list[list[int]]  # rows of the prompts; steps draw from each group in turn
     heldout: PromptSet | None  # what rejection sampling judges its rounds by
     template: str  # that renders them
-    reward: UltraRMReward
+    reward: UltraRMReward | FunctionReward
     total_steps: int
     policy_config: dict[str, Any]  # what the policy's architecture is
     resume: Checkpoint | None  # to go on from
@@ -141,9 +149,12 @@ def check_lora(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
 
 
-def check_reward(reward: Reward) -> UltraRMReward:
+def check_reward(reward: Reward) -> UltraRMReward | FunctionReward:
+    if isinstance(reward, FunctionReward):
+        load_function("reward.function", reward.function)
+        return reward
     if not isinstance(reward, UltraRMReward):
-        raise NotBuiltError(f"reward.kind: {reward.kind!r} cannot be run yet; use 'ultrarm'")
+        raise NotBuiltError(f"reward.kind: {reward.kind!r} cannot be run yet; use 'ultrarm' or 'function'")
     config = check_model("reward.model", reward.model)
     context = getattr(config, "max_position_embeddings", reward.max_tokens)
     if reward.max_tokens > context:

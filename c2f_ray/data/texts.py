@@ -46,11 +46,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @ray.remote(num_cpus=0)
 def save_trajectories(
-    path: Path, step: int, tokenizer: str, prompts: PromptSet, shards: list[Any], rewards: list[Any], timeout_s: float
+    path: Path,
+    step: int,
+    tokenizer: str,
+    prompts: PromptSet,
+    shards: list[Any],
+    rewards: list[Float32],
+    timeout_s: float,
 ) -> None:
-    """Writes a step's trajectories; `shards` and `rewards` are lists of object references."""
-    what = f"the trajectories of step {step}"
-    rows = text_rows(
-        load_tokenizer(tokenizer), prompts, wait_for(shards, timeout_s, what), wait_for(rewards, timeout_s, what)
-    )
+    """Writes a step's trajectories; `shards` are object references."""
+    shards = wait_for(shards, timeout_s, f"the trajectories of step {step}")
+    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
     write_rows(path, [{"step": step, **row} for row in rows])

@@ -1,6 +1,5 @@
 """The evaluation job: greedy responses of base, instruct, coarse and every fine actor to held-out prompts."""
 
-import importlib
 import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -16,9 +15,10 @@ from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.texts import text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.data.trajectory import Ragged, Trajectories
+from c2f_ray.data.trajectory import Float32, Ragged, Trajectories
 from c2f_ray.errors import RecipeError
 from c2f_ray.evaluation.metrics import mean, response_metrics
+from c2f_ray.functions import load_function
 from c2f_ray.preflight import (
     absolute_folder,
     check_context,
@@ -28,7 +28,7 @@ from c2f_ray.preflight import (
     with_absolute_folders,
 )
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Evaluate, UltraRMReward
+from c2f_ray.recipe.schema import Evaluate, FunctionReward, UltraRMReward
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import evaluate_needs, ray_session
@@ -61,8 +61,8 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     with ray_session(recipe, evaluate_needs(recipe)), ExitStack() as stack:
         progress = stack.enter_context(Progress(len(candidates)))
         progress.stage("starting the actors")
-        messages = ray.put(candidates[0].prompts.messages)
-        rewards = stack.enter_context(closing(RewardPool(reward, recipe.cluster, recipe.policy.model, messages)))
+        asked = ray.put(candidates[0].prompts)  # the same questions for all candidates
+        rewards = stack.enter_context(closing(RewardPool(reward, recipe.cluster, recipe.policy.model, asked)))
         server = stack.enter_context(closing(_Server(recipe, settings)))
         rewards.wait_until_ready()
         for number, candidate in enumerate(candidates, start=1):
@@ -73,7 +73,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
                 graded[f"coarse@{limit}"] = [truncate.remote(shard, limit) for shard in shards]
             for name, its_shards in graded.items():
-                scores = [rewards.submit(shard) for shard in its_shards]
+                scores = rewards.collect([rewards.submit(shard) for shard in its_shards])
                 path = (folder / "evaluation" / f"{name}.parquet").absolute()
                 prompts = ray.put(candidate.prompts)
                 task = grade.remote(
@@ -97,7 +97,7 @@ def _merit(model: dict[str, Any]) -> tuple[float, float]:
     return metrics.get("strict", metrics.get("accuracy", 0.0)), metrics["reward"]
 
 
-def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward, int, list[Candidate]]:
+def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward | FunctionReward, int, list[Candidate]]:
     """The settings, the last limit of the run's steps, and the models that there are to evaluate, with their prompts.
 
     Raises RecipeError; writes nothing.
@@ -155,11 +155,7 @@ def _record(prompts: PromptSet, row: int) -> dict[str, Any]:
 
 def load_grader(path: str) -> Grader:
     """The function that `module:name` names: (record, response, finished) to {metric: value}."""
-    module, name = path.split(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"evaluate.accuracy: {path}: {error}") from None
+    return load_function("evaluate.accuracy", path)
 
 
 def _template(recipe: Recipe, model: str) -> str:
@@ -247,13 +243,12 @@ def grade(
     tokenizer: str,
     prompts: PromptSet,
     shards: list[Any],
-    rewards: list[Any],
+    rewards: list[Float32],
     grader: str | None,
     timeout_s: float,
 ) -> dict[str, float | None]:
-    """A model's metrics over its responses, which are written to `path`. `shards`, `rewards`: references."""
+    """A model's metrics over its responses, which are written to `path`. `shards` are object references."""
     shards = wait_for(shards, timeout_s, "the shards to grade")
-    rewards = wait_for(rewards, timeout_s, f"rewards of {len(shards)} shards")
     rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
     tokens = {int(s.info.sample_id[i]): s.response[i].tolist() for s in shards for i in range(len(s))}
     columns: list[str] = []

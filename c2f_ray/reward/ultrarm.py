@@ -17,6 +17,7 @@ from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Float32
 from c2f_ray.errors import BadRewardError
 from c2f_ray.recipe.schema import UltraRMReward
+from c2f_ray.reward.function import Sample
 
 TURNS = {"user": "Human", "assistant": "Assistant"}
 
@@ -65,18 +66,18 @@ class UltraRMScorer:
         model: nn.Module = load_ultrarm(reward.model, getattr(torch, reward.dtype))
         self.model = model.to(self.device)
 
-    def tokens(self, messages: Messages, response: str, finished: bool) -> list[int]:
+    def tokens(self, sample: Sample) -> list[int]:
         """Token ids of one conversation; a response that was cut by the limit gets no end-of-sequence token."""
-        text = render_ultrarm(messages, response, self.reward.separator)
+        text = render_ultrarm(sample.messages, sample.response, self.reward.separator)
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        if self.reward.append_eos and finished:
+        if self.reward.append_eos and sample.finished:
             ids = [*ids, self.tokenizer.eos_token_id]
         return ids[-self.reward.max_tokens :]
 
     @torch.inference_mode()
-    def score(self, conversations: list[tuple[Messages, str, bool]]) -> Float32:
-        """One finite float32 for each (messages, response, finished)."""
-        tokens = [self.tokens(*conversation) for conversation in conversations]
+    def score(self, samples: list[Sample]) -> Float32:
+        """One finite float32 for each sample."""
+        tokens = [self.tokens(sample) for sample in samples]
         scores = np.empty(len(tokens), dtype=np.float32)
         order = sorted(range(len(tokens)), key=lambda row: (-len(tokens[row]), row))
         while order:
@@ -91,7 +92,7 @@ class UltraRMScorer:
             scores[rows] = self.model(ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
         if not np.isfinite(scores).all():
             worst = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise BadRewardError(f"reward {scores[worst]} for the response {conversations[worst][1][:200]!r}")
+            raise BadRewardError(f"reward {scores[worst]} for the response {samples[worst].response[:200]!r}")
         return scores
 
 

@@ -13,6 +13,7 @@ import ray
 
 from c2f_ray import driver, load_recipe, train
 from c2f_ray.learner.group import LearnerGroup
+from c2f_ray.reward.pool import RewardPool
 from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.watch.metrics import MetricsLine, read_metrics, without_timing
 
@@ -21,29 +22,52 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors ca
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SETTINGS = [
     "run.steps=6", "run.deterministic=true", "rollout.actors=2", "prompts.per_step=12", "rollout.shard_samples=4",
-    "length.max_tokens=24", "checkpoints.every_steps=2", "weights.timeout_s=20",
+    "length.max_tokens=24", "checkpoints.every_steps=2", "weights.timeout_s=20", "reward.workers=2",
 ]  # fmt: skip
 FROM_THE_ENGINE = ("logprob_gap/", "importance/")  # in other company an engine's logprobs have other last bits
 
 
-def kill(actor: Any) -> None:
-    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+def pid_of(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
 class MortalRollouts(RolloutPool):
     """Real engines. In step 2 one dies after the first shard, in step 6 all do."""
 
     steps = 0
+    pids: list[int]
 
     def generate(self, *args: Any) -> Iterator[Any]:
         self.steps += 1
+        self.pids = [pid_of(actor) for actor in self.actors]  # later they are busy
         for number, found in enumerate(super().generate(*args)):
             yield found
             if number == 0 and self.steps == 2:
-                kill(self.actors[0])
+                os.kill(self.pids[0], signal.SIGKILL)
             if number == 0 and self.steps == 6:
-                for serving in self.serving:
-                    kill(self.actors[serving])
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGKILL)
+
+
+class MortalRewards(RewardPool):
+    """Real workers. One dies before it can score the first shard of step 3."""
+
+    submitted = 0
+    dead: Any = None
+
+    def submit(self, shard: Any) -> Any:
+        self.submitted += 1
+        if self.submitted != 13:  # each step has six shards
+            return super().submit(shard)
+        pids = {worker: pid_of(worker) for worker in self.workers}
+        scoring = super().submit(shard)
+        os.kill(pids[scoring.worker], signal.SIGKILL)
+        MortalRewards.dead = scoring.worker
+        return scoring
+
+    def close(self) -> None:
+        assert self.dead not in self.workers
+        super().close()
 
 
 class MortalLearner(LearnerGroup):
@@ -85,6 +109,7 @@ def runs(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -
         patch.chdir(folder)
         train(load_recipe(CONFIG, "run.name=calm", *SETTINGS))
         patch.setattr(driver, "RolloutPool", MortalRollouts)
+        patch.setattr(driver, "RewardPool", MortalRewards)
         patch.setattr(driver, "LearnerGroup", MortalLearner)
         train(load_recipe(CONFIG, "run.name=stormy", *SETTINGS))
     assert MortalLearner.generations == 2

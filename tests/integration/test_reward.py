@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
+from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.recipe.schema import Cluster, UltraRMReward
+from c2f_ray.reward.function import Sample
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.reward.ultrarm import UltraRMScorer, load_ultrarm, render_ultrarm
 
@@ -66,12 +68,13 @@ def test_scores_equal_a_direct_forward(world: Path, cluster: None):
     ]
     assert np.ptp(expected) > 1e-3, "a reward that is the same for all responses would prove nothing"
     messages = [{"role": "user", "content": PROMPT}]
-    conversations = [(messages, text, end) for text, end in zip(RESPONSES, finished, strict=True)]
+    samples = [Sample(messages, text, end, {}) for text, end in zip(RESPONSES, finished, strict=True)]
     for budget in (4096, 256, 1):
-        scores = UltraRMScorer(settings(world, tokens_per_batch=budget)).score(conversations)
+        scores = UltraRMScorer(settings(world, tokens_per_batch=budget)).score(samples)
         np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
 
-    pool = RewardPool(settings(world), Cluster(), str(world / "base"), ray.put([messages]))
+    prompts = PromptSet(["p"], [messages], [{}], Ragged.from_rows([[1]], np.int32), 0)
+    pool = RewardPool(settings(world), Cluster(), str(world / "base"), ray.put(prompts))
     whole = shard(world, finished)
     scores = pool.collect([pool.submit(ray.put(part)) for part in (whole, whole.select(np.array([2])))])
     pool.close()

@@ -229,9 +229,25 @@ def test_lora_targets_that_are_no_linear_layers(folder: Path):
 
 
 def test_an_unbuilt_reward_says_so(folder: Path):
-    recipe = load_recipe(CONFIGS / "tiny.yaml", "reward={kind: function, function: 'c2f_ray.tiny.task:accuracy'}")
-    with pytest.raises(NotBuiltError, match=r"reward.kind: 'function' cannot be run yet"):
-        check_train(recipe, fresh=False)
+    reward = "reward={kind: log_ratio, policy_model: a, reference_model: b}"
+    with pytest.raises(NotBuiltError, match=r"reward.kind: 'log_ratio' cannot be run yet; use 'ultrarm' or 'function'"):
+        check_train(load_recipe(CONFIGS / "tiny.yaml", reward), fresh=False)
+
+
+def test_a_reward_function_is_found_in_the_working_directory(folder: Path):
+    Path("a_reward_of_ours.py").write_text("def score(samples):\n    return [0.0 for _ in samples]\nseven = 7\n")
+    check_train(
+        load_recipe(CONFIGS / "tiny.yaml", "reward={kind: function, function: 'a_reward_of_ours:score'}"), False
+    )
+    assert problems("reward={kind: function, function: 'a_reward_of_ours:rate'}") == (
+        "reward.function: a_reward_of_ours:rate: module 'a_reward_of_ours' has no attribute 'rate'",
+    )
+    assert problems("reward={kind: function, function: 'a_reward_of_ours:seven'}") == (
+        "reward.function: a_reward_of_ours:seven: seven is no function, but int",
+    )
+    assert problems("reward={kind: function, function: 'nowhere:rate'}") == (
+        "reward.function: nowhere:rate: No module named 'nowhere'",
+    )
 
 
 def test_more_gpus_than_the_cluster_has():
