@@ -1,15 +1,14 @@
 """A run that is killed goes on as if nothing had happened: the same metrics and the same bytes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
+from c2f_ray import load_recipe, train
 from c2f_ray.watch.metrics import read_metrics, without_timing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,22 +23,19 @@ PPO = [
     "learner.normalise_reward=true",
 ]
 
-# The command line, in a process that kills itself and all that it started at a given point of a checkpoint.
+# The command line, in a process that kills itself and all that it started before a checkpoint is renamed.
 KILLED = """
 import os, signal, sys
 import psutil
 from c2f_ray import checkpoints, cli
 
-step, where = int(sys.argv.pop(1)), sys.argv.pop(1)
+step = int(sys.argv.pop(1))
 original = checkpoints.commit
 
 def commit(partial, folder):
-    here = folder.name == f"step_{step:06d}"
-    if here and where == "before":
+    if folder.name == f"step_{step:06d}":
         kill()
     original(partial, folder)
-    if here and where == "after":
-        kill()
 
 def kill():
     this = psutil.Process()
@@ -64,64 +60,67 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, config: str, name: str, *overrides: str) -> str:
-    """What `c2f-ray train` prints."""
-    settings = [f"run.name={name}", *SMALL, *(PPO if config == "tiny_ppo" else []), *overrides]
-    done = subprocess.run(
-        [sys.executable, "-m", "c2f_ray", "train", f"configs/{config}.yaml", *settings],
-        cwd=folder, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+def settings(config: str, name: str) -> list[str]:
+    return [f"run.name={name}", *SMALL, *(PPO if config == "tiny_ppo" else [])]
 
 
-def train_until_killed(folder: Path, config: str, name: str, step: int, where: str) -> None:
-    settings = [f"run.name={name}", *SMALL, *(PPO if config == "tiny_ppo" else [])]
+def train_until_killed(folder: Path, config: str, name: str, step: int) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(step), where, "train", f"configs/{config}.yaml", *settings],
+        [sys.executable, "-c", KILLED, str(step), "train", f"configs/{config}.yaml", *settings(config, name)],
         cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.wait(timeout=300) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("config", ["tiny", "tiny_ppo"])
-def test_a_killed_run_ends_like_one_that_was_not(folder: Path, config: str):
-    """Killed when the third checkpoint is there, then while the fifth is written."""
-    train(folder, config, f"{config}_straight")
-    name = f"{config}_killed"
-    run = folder / "runs" / name
-    train_until_killed(folder, config, name, step=3, where="after")
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"step_00000{i}" for i in (1, 2, 3)]
-    train_until_killed(folder, config, name, step=5, where="before")
-    partial = run / "checkpoints" / "step_000005.partial"
-    assert (partial / "manifest.json").is_file(), "all but the rename was done"
-    said = train(folder, config, name)
-    assert f"runs/{name}/checkpoints/step_000005.partial: was not finished" in said
-    assert f"continues from runs/{name}/checkpoints/step_000004" in said
+def test_a_killed_run_ends_like_one_that_was_not(
+    cluster: None, folder: Path, config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Killed with all that it had started while it wrote its fourth checkpoint: it goes on after the third step."""
+    monkeypatch.chdir(folder)
+    recipes = [
+        load_recipe(f"configs/{config}.yaml", *settings(config, f"{config}_{how}")) for how in ("calm", "killed")
+    ]
+    straight = train(recipes[0])
+    train_until_killed(folder, config, f"{config}_killed", step=4)
+    run = Path("runs") / f"{config}_killed"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_000002", "step_000003", "step_000004.partial",
+    ]  # fmt: skip
+    assert (run / "checkpoints" / "step_000004.partial" / "manifest.json").is_file(), "all but the rename was done"
+    assert len(read_metrics(run / "metrics.jsonl")) == 4
+    capsys.readouterr()
+    train(recipes[1])
+    said = capsys.readouterr().out
+    assert f"{run}/checkpoints/step_000004.partial: was not finished" in said
+    assert f"continues from {run}/checkpoints/step_000003" in said
 
-    straight = folder / "runs" / f"{config}_straight"
     lines = [[without_timing(line) for line in read_metrics(path / "metrics.jsonl")] for path in (straight, run)]
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4, 5, 6]
     assert lines[0] == lines[1]
     weights = [(path / "coarse" / "model.safetensors").read_bytes() for path in (straight, run)]
     assert weights[0] == weights[1]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
-    assert not any(
-        str(run.parent) in " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])
-    )
 
 
-def test_a_checkpoint_with_a_flipped_byte_is_refused_by_name(folder: Path):
-    """The one before it is used; a finished run is left alone until it is asked for more steps."""
-    run = folder / "runs" / "tiny_killed"
-    assert "has all of its 6 steps already" in train(folder, "tiny", "tiny_killed")
+def test_a_checkpoint_with_a_flipped_byte_is_refused_by_name(
+    cluster: None, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The one before it is used; a finished run is left alone."""
+    monkeypatch.chdir(folder)
+    run = Path("runs/tiny_killed")
+    recipe = load_recipe("configs/tiny.yaml", *settings("tiny", "tiny_killed"))
+    capsys.readouterr()
+    train(recipe)
+    assert "has all of its 6 steps already" in capsys.readouterr().out
     before = (run / "coarse" / "model.safetensors").read_bytes()
     newest = run / "checkpoints" / "step_000006"
     (file,) = newest.glob("policy-rank00001-*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    said = train(folder, "tiny", "tiny_killed", "learner.ranks=1")
+    train(load_recipe("configs/tiny.yaml", *settings("tiny", "tiny_killed"), "learner.ranks=1"))
+    said = capsys.readouterr().out
     assert f"step_000006: {file.name} does not match its checksum" in said
     assert "continues from runs/tiny_killed/checkpoints/step_000005" in said
     assert "changed since the run was last started: learner.ranks: 2 before, 1 now" in said
