@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from uuid import uuid4
 
@@ -162,7 +162,7 @@ def _merge_tensor(
                 fine = merge_piece(variant.method, wide, ratio, work.settings, whole, factors).to(dtype)
             if piece.absent is not None:
                 fine = torch.where(piece.absent, piece.inputs["instruct"].to(dtype), fine)
-            if not torch.isfinite(fine.sum(dtype=torch.float32)) and not torch.isfinite(fine).all():
+            if not isfinite(fine.sum(dtype=torch.float32).item()) and not torch.isfinite(fine).all():
                 said = str(dtype).removeprefix("torch.")
                 raise C2FError(
                     f"merge: {variant.name} has values in {name} that are not finite in {said}: check the inputs, "
