@@ -13,10 +13,10 @@ from transformers import AutoConfig
 
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
-from c2f_ray.data.texts import text_rows, write_rows
+from c2f_ray.data.texts import Columns, text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.data.trajectory import Float32, Ragged, Trajectories
-from c2f_ray.errors import RecipeError
+from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
+from c2f_ray.errors import BadRewardError, RecipeError
 from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.functions import load_function
 from c2f_ray.preflight import (
@@ -28,8 +28,8 @@ from c2f_ray.preflight import (
     with_absolute_folders,
 )
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Evaluate, FunctionReward, UltraRMReward
-from c2f_ray.reward.pool import RewardPool
+from c2f_ray.recipe.schema import Evaluate
+from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import evaluate_needs, ray_session
 from c2f_ray.waiting import wait_for
@@ -55,14 +55,16 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     Responses go to `evaluation/NAME.parquet`. Raises RecipeError when something is missing, with nothing written.
     """
     recipe = with_absolute_folders(recipe)
-    settings, reward, limit, candidates = check_evaluate(recipe)
+    settings, limit, candidates = check_evaluate(recipe)
     folder = run_folder(recipe)
     models: list[dict[str, Any]] = []
     with ray_session(recipe, evaluate_needs(recipe)), ExitStack() as stack:
         progress = stack.enter_context(Progress(len(candidates)))
         progress.stage("starting the actors")
-        asked = ray.put(candidates[0].prompts)  # the same questions for all candidates
-        rewards = stack.enter_context(closing(RewardPool(reward, recipe.cluster, recipe.policy.model, asked)))
+        questions = ray.put(candidates[0].prompts)  # the same for all candidates
+        rewards = stack.enter_context(
+            closing(Rewards(recipe.reward, recipe.cluster, recipe.policy.model, questions, ordered=True))
+        )
         server = stack.enter_context(closing(_Server(recipe, settings)))
         rewards.wait_until_ready()
         for number, candidate in enumerate(candidates, start=1):
@@ -71,15 +73,21 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
             graded = {candidate.name: shards}
             if candidate.name == "coarse" and limit < settings.max_tokens:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
-                graded[f"coarse@{limit}"] = [truncate.remote(shard, limit) for shard in shards]
+                graded[f"coarse@{limit}"] = [
+                    (truncate.remote(shard, limit), truncated_info(info, limit)) for shard, info in shards
+                ]
             for name, its_shards in graded.items():
-                scores = rewards.collect([rewards.submit(shard) for shard in its_shards])
+                asked = [
+                    rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished)
+                    for shard, info in its_shards
+                ]
+                columns = [all_scored(name, shard).columns() for shard in rewards.collect(asked)]
                 path = (folder / "evaluation" / f"{name}.parquet").absolute()
                 prompts = ray.put(candidate.prompts)
-                task = grade.remote(
-                    path, recipe.policy.model, prompts, its_shards, scores, settings.accuracy, reward.timeout_s
-                )
-                metrics = wait_for(task, reward.timeout_s, f"the task that grades {name}")
+                timeout_s = recipe.rollout.timeout_s
+                refs = [shard for shard, _ in its_shards]
+                task = grade.remote(path, recipe.policy.model, prompts, refs, columns, settings.accuracy, timeout_s)
+                metrics = wait_for(task, timeout_s, f"the task that grades {name}")
                 models.append({"name": name, "folder": candidate.folder, "metrics": metrics})
             progress.step({"step": number, "reward/mean": models[-1]["metrics"]["reward"]})
     fine = {candidate.name for candidate in candidates if candidate.fine}
@@ -91,20 +99,27 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
+def all_scored(name: str, shard: ScoredShard) -> ScoredShard:
+    """Refuses to compare models by what some of their responses got."""
+    for cause in shard.causes.values():
+        raise BadRewardError(f"a response of {name} got no reward: {cause}")
+    return shard
+
+
 def _merit(model: dict[str, Any]) -> tuple[float, float]:
     """What the best fine actor has most of: the grader's `strict`, or else its `accuracy`, and among equals reward."""
     metrics = model["metrics"]
     return metrics.get("strict", metrics.get("accuracy", 0.0)), metrics["reward"]
 
 
-def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward | FunctionReward, int, list[Candidate]]:
+def check_evaluate(recipe: Recipe) -> tuple[Evaluate, int, list[Candidate]]:
     """The settings, the last limit of the run's steps, and the models that there are to evaluate, with their prompts.
 
     Raises RecipeError; writes nothing.
     """
     if recipe.evaluate is None:
         raise RecipeError("evaluate: missing; it names the held-out prompts")
-    reward = check_reward(recipe.reward)
+    check_reward(recipe.reward)
     check_model("policy.model", recipe.policy.model)
     folder = run_folder(recipe)
     coarse = folder / "coarse"
@@ -134,7 +149,7 @@ def check_evaluate(recipe: Recipe) -> tuple[Evaluate, UltraRMReward | FunctionRe
         _try_grader(recipe.evaluate.accuracy, candidates[0].prompts)
     limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
     assert limit is not None  # it is a whole number in every step
-    return recipe.evaluate, reward, int(limit), candidates
+    return recipe.evaluate, int(limit), candidates
 
 
 def _try_grader(path: str, prompts: PromptSet) -> None:
@@ -191,8 +206,8 @@ class _Server:
         self.engines: RolloutPool | None = None
         self.architecture: dict[str, Any] = {}
 
-    def answer(self, candidate: Candidate) -> list[Any]:
-        """References to the shards of the candidate's greedy responses, by row of its prompts."""
+    def answer(self, candidate: Candidate) -> list[tuple[Any, TrajectoryInfo]]:
+        """References to the shards of the candidate's greedy responses, by row of its prompts, and their infos."""
         tokens = ray.put(candidate.prompts.tokens)
         architecture = _architecture(candidate.folder)
         if self.engines is not None and architecture == self.architecture:
@@ -206,7 +221,7 @@ class _Server:
             self.engines.wait_until_ready()
             self.architecture = architecture
         requests = [RolloutRequest(row, row, 0, greedy=True) for row in range(len(candidate.prompts))]
-        return [shard for shard, _ in self.engines.generate(requests, self.settings.max_tokens, ordered=True)]
+        return list(self.engines.generate(requests, self.settings.max_tokens, ordered=True))
 
     def close(self) -> None:
         if self.engines is not None:
@@ -224,17 +239,17 @@ def _architecture(folder: str) -> dict[str, Any]:
 @ray.remote(num_cpus=0)
 def truncate(shard: Trajectories, limit: int) -> Trajectories:
     """The shard as a response limit of `limit` tokens would have made it, for greedy trajectories."""
-    info = shard.info
     return Trajectories(
-        replace(
-            info,
-            finished=info.finished & (info.response_tokens <= limit),
-            response_tokens=np.minimum(info.response_tokens, limit),
-        ),
+        truncated_info(shard.info, limit),
         shard.prompt,
         Ragged.from_rows([shard.response[i][:limit] for i in range(len(shard))], np.int32),
         Ragged.from_rows([shard.sampler_logprobs[i][:limit] for i in range(len(shard))], np.float32),
     )
+
+
+def truncated_info(info: TrajectoryInfo, limit: int) -> TrajectoryInfo:
+    finished = info.finished & (info.response_tokens <= limit)
+    return replace(info, finished=finished, response_tokens=np.minimum(info.response_tokens, limit))
 
 
 @ray.remote(num_cpus=0)
@@ -243,25 +258,25 @@ def grade(
     tokenizer: str,
     prompts: PromptSet,
     shards: list[Any],
-    rewards: list[Float32],
+    columns: list[Columns],
     grader: str | None,
     timeout_s: float,
 ) -> dict[str, float | None]:
     """A model's metrics over its responses, which are written to `path`. `shards` are object references."""
     shards = wait_for(shards, timeout_s, "the shards to grade")
-    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
+    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, columns)
     tokens = {int(s.info.sample_id[i]): s.response[i].tolist() for s in shards for i in range(len(s))}
-    columns: list[str] = []
+    grades_of: list[str] = []
     if grader is not None:
         function = load_grader(grader)
         for row in rows:
             grades = function(_record(prompts, row["sample_id"]), row["response"], row["finished"])
-            columns = list(grades)
+            grades_of = list(grades)
             row.update(grades)
     write_rows(path, rows)
     responses = [tokens[row["sample_id"]] for row in rows]
     return {
         "reward": mean(row["reward"] for row in rows),
-        **{column: mean(row[column] for row in rows) for column in columns},
+        **{column: mean(row[column] for row in rows) for column in grades_of},
         **response_metrics(responses, [row["response"] for row in rows], [row["finished"] for row in rows]),
     }
