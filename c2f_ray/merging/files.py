@@ -3,8 +3,11 @@
 The library maps a file into memory, or wants all tensors of an output at once; neither bounds a merge's memory.
 """
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,6 +17,26 @@ from xxhash import xxh3_128
 
 from c2f_ray.data.shards import TORCH_DTYPES
 from c2f_ray.errors import C2FError
+
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not be so large",
+}
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Raises C2FError when there is no room for what is written; ``folder`` is where the work is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise C2FError(
+            f"merge: {FULL[error.errno]}: not all could be written into {folder}. Make room and merge again: what is "
+            "finished there is kept"
+        ) from None
 
 
 def replace_file(path: Path, text: str) -> None:

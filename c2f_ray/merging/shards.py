@@ -4,7 +4,6 @@ Names, shapes and dtypes are known before the first weight is read, so each outp
 inputs go by.
 """
 
-import errno
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from c2f_ray.data.shards import TORCH_DTYPES, Shard, header, raw_bytes
 from c2f_ray.errors import C2FError
-from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file
+from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file, room_in
 from c2f_ray.merging.methods import (
     NEED_WHOLE_TENSOR,
     Settings,
@@ -33,11 +32,6 @@ from c2f_ray.merging.methods import (
 )
 
 PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache, fewer are overhead
-FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "files may not be so large",
-}
 
 
 @dataclass(frozen=True)
@@ -75,21 +69,15 @@ def merge_shard(shard: Shard, work: Work) -> None:
     early, and when there is no room for an output.
     """
     temporary = {variant.name: work.aside / "tmp" / f"{variant.name}-{uuid4().hex}" for variant in work.variants}
-    try:
-        record = _write_files(shard, work, temporary)
-        for name, path in temporary.items():
-            path.rename(work.aside / name / shard.file_name)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise C2FError(
-            f"merge: {FULL[error.errno]}: {shard.file_name} could not be written into {work.aside}. Make room and "
-            "merge again: what is finished there is kept"
-        ) from None
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    replace_file(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record))
+    with room_in(work.aside):
+        try:
+            record = _write_files(shard, work, temporary)
+            for name, path in temporary.items():
+                path.rename(work.aside / name / shard.file_name)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+        replace_file(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record))
 
 
 def _write_files(shard: Shard, work: Work, paths: Mapping[str, Path]) -> dict[str, object]:

@@ -400,7 +400,7 @@ def test_a_full_disk_is_an_error_that_leaves_no_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(C2FError, match=r"files may not be so large: model\.safetensors could not be written into"):
+        with pytest.raises(C2FError, match=r"files may not be so large: not all could be written into \S+aside"):
             merge_shard(shard, work)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
