@@ -1,7 +1,6 @@
 """The nodes and GPUs that a cluster file brings up: files of `ray up`, KubeRay manifests, Slurm scripts."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -183,8 +182,3 @@ def place(actors: list[Actor], nodes: list[Node]) -> tuple[list[list[Actor]], li
         free[chosen][1] -= actor.cpus
         placed[chosen].append(actor)
     return placed, left
-
-
-def idle(placed: list[list[Actor]], nodes: list[Node]) -> Iterator[Node]:
-    """Nodes with GPUs that none of the actors uses."""
-    return (node for node, actors in zip(nodes, placed, strict=True) if node.gpus and not any(a.gpus for a in actors))

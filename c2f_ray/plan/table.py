@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from c2f_ray.plan.clusters import idle
 from c2f_ray.plan.estimate import Estimate, Role
 from c2f_ray.plan.memory import GIB
 from c2f_ray.plan.schedule import ASSUMPTIONS, num_rollouts
@@ -71,10 +70,10 @@ def _fits(role: Role) -> str:
 def _placement(found: Estimate) -> Table:
     table = _table("placement", "node", "GPUs", "actors")
     table.columns[2].justify = "left"
-    for node, actors in zip(found.nodes.nodes, found.placed, strict=True):
+    for number, (node, actors) in enumerate(zip(found.nodes.nodes, found.placed, strict=True)):
         counts = Counter((actor.role, actor.gpus) for actor in actors)
         told = [f"{count} {role} ({gpus} GPU)" if gpus else f"{count} {role}" for (role, gpus), count in counts.items()]
-        if node is found.nodes.nodes[0]:
+        if number == 0:
             told.insert(0, "driver")
         table.add_row(node.kind, f"{sum(actor.gpus for actor in actors)} of {node.gpus}", ", ".join(told))
     return table
@@ -103,8 +102,9 @@ def _lines(found: Estimate, network: float) -> Iterator[str]:
     if found.steps:
         yield from _costs(found)
         yield "assumed: " + "; ".join(ASSUMPTIONS)
-    for node in idle(found.placed, found.nodes.nodes):
-        yield f"note: a {node.kind} node with {node.gpus} GPUs has nothing to do"
+    for node, actors in zip(found.nodes.nodes, found.placed, strict=True):
+        if node.gpus and not any(actor.gpus for actor in actors):
+            yield f"note: {node.gpus} GPUs of a node ({node.kind}) have nothing to do"
 
 
 def _costs(found: Estimate) -> Iterator[str]:
