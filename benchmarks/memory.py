@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import tempfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,26 +115,32 @@ def measure(recipe: Recipe) -> dict[str, int]:
 def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    figures: dict[str, dict[str, float]] = {}
+    cases: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(Path(folder), SMALL, torch.float32, "cpu")
+        shape = read_model("policy.model", model)
         for name in CASES:
             chosen = case_recipe(name, model)
-            found = measure(chosen)
-            planned = learner_memory(chosen, read_model("policy.model", model))
-            figures[name] = found | {
-                "planned_rest": planned.at_rest + planned.offloaded_at_rest,
-                "planned_peak": planned.total + planned.offloaded,
+            planned = learner_memory(chosen, shape, shape if name.startswith("ppo") else None)
+            measured = measure(chosen)
+            cases[name] = {
+                "dtype": chosen.policy.dtype,
+                "learner": chosen.learner.model_dump(mode="json", exclude_defaults=True),
+                **measured,
+                "planned": round(planned.total + sum(planned.host.values())),
             }
-            print(name, {key: f"{value / 1e6:.1f} MB" for key, value in figures[name].items()}, flush=True)
+            print(f"{name}: {measured['peak'] / 1e6:.1f} MB, planned {cases[name]['planned'] / 1e6:.1f}", flush=True)
     ray.shutdown()
     result = {
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {package: version(package) for package in PACKAGES},
-        "bytes": figures,
+        "shape": asdict(shape),
+        "prompt_tokens": PROMPT_TOKENS,
+        "response_tokens": RESPONSE_TOKENS,
+        "cases": cases,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    worst = max(abs(each["planned_peak"] / each["peak"] - 1) for each in figures.values())
+    worst = max(abs(case["planned"] / case["peak"] - 1) for case in cases.values())
     print(f"goal plan_memory_error: {worst:.3f} (<= 0.15) {'ok' if worst <= 0.15 else 'missed'}")
 
 

@@ -117,6 +117,25 @@ def plan(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Checks what it names as well.")] = None,
+    overrides: Overrides = None,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="On every node of the Ray cluster.")] = False,
+) -> None:
+    """Check versions, GPUs, Ray, disks, models and the network; exit code 1 where something must be mended."""
+    loaded = _load(recipe, overrides) if recipe else None
+    from c2f_ray.doctor.cluster import diagnose
+
+    failed = False
+    for where, findings in diagnose(loaded, all_nodes=all_nodes):
+        print(f"{where}:")
+        for finding in findings:
+            print(f"  {finding}", flush=True)
+        failed = failed or any(finding.level == "failure" for finding in findings)
+    sys.exit(int(failed))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")],
     beside: Annotated[list[Path] | None, typer.Argument(metavar="[OTHER ...]", help="Runs to show beside it.")] = None,

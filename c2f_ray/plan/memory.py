@@ -18,7 +18,7 @@ LOGITS = 12  # bytes of a token and word at the peak of the output layer: three 
 CUDA_BYTES = 2 * GIB
 ENGINE_TOKENS = 16384  # that vLLM computes together at the most, by its default on large GPUs
 # DeepSpeed's defaults, in elements.
-ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}
+ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "sub_group_size": 1e9}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ def learner_memory(recipe: Recipe, policy: ModelShape, critic: ModelShape | None
         gpu["gathered weights"] = width * min(_zero(learner, "stage3_max_live_parameters"), policy.parameters)
     tokens = max(learner.tokens_per_microbatch, recipe.prompts.max_tokens + recipe.length.max_tokens)
     gpu["activations"] = activations(policy, width, tokens, checkpointing=learner.gradient_checkpointing)
+    if learner.zero_stage == 3 and learner.offload == "none":  # the step copies gradients, with no activations beside
+        share = max(learning for _, learning, _ in models) / learner.ranks
+        copied = GRADIENT * min(share, _zero(learner, "sub_group_size")) - gpu["gathered weights"]
+        gpu["activations"] = max(gpu["activations"], copied)
     if learner.gpus_per_rank:
         gpu["CUDA, NCCL"] = CUDA_BYTES
     return Memory(gpu, host)
@@ -91,9 +95,8 @@ def _states(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(GPU's, host's) bytes of one model that learns: weights, summed gradients, float32 copy and AdamW's moments."""
     share = learning / learner.ranks if learner.zero_stage else learning
-    # What learns in float32 without ZeRO, or under its third stage, is its own master.
-    own_master = width == 4 and learner.zero_stage in (0, 3)
-    optimizer = (MOMENTS if own_master else MASTER + MOMENTS) * share
+    # Without ZeRO weights, then float32, are their own masters.
+    optimizer = (MASTER * (learner.zero_stage > 0) + MOMENTS) * share
     weights = width * (parameters / learner.ranks if learner.zero_stage == 3 else parameters)
     gradients = GRADIENT * share
     if learner.zero_stage < 2:  # summed whole, and cut when the optimizer steps
@@ -102,10 +105,11 @@ def _states(
         gradients *= 2  # those of a micro-batch lie beside the sum; without checkpointing they take activations' place
     if learner.offload == "none":
         return {"weights": weights, "gradients": gradients, "optimizer": optimizer}, {}
+    if learner.zero_stage == 3:  # summed in CPU memory, and copied for the step
+        gpu, host = {"weights": weights}, {"gradients": 2 * gradients, "optimizer": optimizer}
+        return (gpu, host) if learner.offload == "optimizer" else ({}, gpu | host)
+    # Summed on the GPU; CPU memory has a copy of the sum, and what the rounded weights are sent back from.
     host = {"gradients": GRADIENT * share, "optimizer": optimizer + width * share}
-    if learner.offload == "all":
-        return {"gradients": width * largest}, host | {"weights": weights}
-    # Gradients are summed on the GPU; the sum's copy and what the optimizer rounds it from lie in CPU memory.
     return {"weights": weights, "gradients": gradients + width * largest}, host
 
 
