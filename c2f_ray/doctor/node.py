@@ -19,8 +19,9 @@ from packaging.requirements import Requirement
 
 from c2f_ray.errors import RecipeError
 from c2f_ray.plan.estimate import disk, read_models
+from c2f_ray.plan.rewards import scorings
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import LogRatioReward, PPOLearner, UltraRMReward, critic_model
+from c2f_ray.recipe.schema import PPOLearner, critic_model
 
 GB = 1e9
 DRIVERS = {"12": 525, "13": 580}  # the oldest driver of each CUDA, from NVIDIA's compatibility table
@@ -209,11 +210,7 @@ def models(recipe: Recipe | None) -> Iterator[Finding]:
 
 def _models_of(recipe: Recipe) -> dict[str, str]:
     found = {"policy.model": recipe.policy.model}
-    reward = recipe.reward
-    if isinstance(reward, UltraRMReward):
-        found["reward.model"] = reward.model
-    elif isinstance(reward, LogRatioReward):
-        found |= {"reward.policy_model": reward.policy_model, "reward.reference_model": reward.reference_model}
+    found |= {scoring.key: scoring.model for scoring in scorings(recipe) if scoring.model}
     if isinstance(recipe.learner, PPOLearner) and recipe.learner.critic.model not in ("policy", "reward"):
         found["learner.critic.model"] = critic_model(recipe)
     if recipe.merge:

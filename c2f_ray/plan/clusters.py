@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.recipe.schema import FunctionReward, Recipe
+from c2f_ray.plan.rewards import scorings
+from c2f_ray.recipe import Recipe
 
 GIB = 2**30
 
@@ -65,12 +66,11 @@ class Actor:
 
 def actors_of(recipe: Recipe) -> list[Actor]:
     """All that `train` starts. An actor without a GPU takes a CPU."""
-    reward = recipe.reward
-    groups = (
+    groups = [
         ("rollout", recipe.rollout.actors, recipe.rollout.gpus_per_actor),
-        ("reward", reward.workers, 0 if isinstance(reward, FunctionReward) else reward.gpus_per_worker),
+        *(("reward", scoring.reward.workers, scoring.gpus) for scoring in scorings(recipe)),
         ("learner", recipe.learner.ranks, recipe.learner.gpus_per_rank),
-    )
+    ]
     return [Actor(role, gpus, int(gpus == 0)) for role, count, gpus in groups for _ in range(count)]
 
 

@@ -20,20 +20,22 @@ from c2f_ray.plan.memory import (
     trainable,
 )
 from c2f_ray.plan.model import read_model
+from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import Models, Step, step, transfer_bytes
 from c2f_ray.recipe.schema import (
     FunctionReward,
+    LogRatioReward,
     PPOLearner,
     Recipe,
     RejectionSamplingLearner,
-    UltraRMReward,
+    SumReward,
     critic_model,
 )
 
 
 @dataclass(frozen=True)
 class Role:
-    name: str  # rollout, reward or learner
+    name: str  # `rollout`, what `scorings` says, `learner`
     gpus: int  # of one actor
     memory: Memory  # of one of its GPUs, or of its process where it has none
     room: float  # bytes that it may take
@@ -49,24 +51,17 @@ class Estimate:
     steps: dict[int, Step]  # the same; empty without GPUs, for whose rates there are no data sheets
     total_steps: int | None  # of the run, where the recipe alone tells
     placed: list[list[Actor]]  # by node
-    split: tuple[dict[str, int], float] | None  # actors by role that make the quickest step on as many GPUs, seconds
+    split: tuple[dict[str, int], float] | None  # actors by role that make the quickest step, and its seconds
     disk: dict[str, float]  # bytes
     transfer: float  # bytes
     problems: list[str]  # why it cannot run so, each with what to change
 
 
 def read_models(recipe: Recipe) -> Models:
-    reward = recipe.reward
-    if isinstance(reward, FunctionReward):
-        scoring = []
-    elif isinstance(reward, UltraRMReward):
-        scoring = [read_model("reward.model", reward.model)]
-    else:
-        keys = ("policy_model", "reference_model")
-        scoring = [read_model(f"reward.{key}", getattr(reward, key)) for key in keys]
     critic = None
     if isinstance(recipe.learner, PPOLearner):
         critic = read_model("learner.critic.model", critic_model(recipe))
+    scoring = [read_model(each.key, each.model) if each.model else None for each in scorings(recipe)]
     return Models(read_model("policy.model", recipe.policy.model), critic, scoring)
 
 
@@ -104,24 +99,17 @@ def estimate(recipe: Recipe, nodes: Nodes, network: float) -> Estimate:
 
 
 def roles_of(recipe: Recipe, models: Models, gpu: Gpu) -> list[Role]:
-    reward = recipe.reward
-    reward_gpus = 0 if isinstance(reward, FunctionReward) else reward.gpus_per_worker
+    rollout, learner = recipe.rollout, recipe.learner
     engine = engine_memory(recipe, models.policy, gpu.memory, recipe.length.max_tokens)
     sequence = recipe.prompts.max_tokens + recipe.length.max_tokens
-    workers = max(1, recipe.rollout.gpus_per_actor)
-    one_sequence = WIDTH[recipe.policy.dtype] * models.policy.kv_elements * sequence / workers
-    held = Memory(engine.memory.gpu | {"KV cache of one sequence": one_sequence}, {})
-    share = recipe.rollout.memory if recipe.rollout.gpus_per_actor else 1.0
-    return [
-        Role("rollout", recipe.rollout.gpus_per_actor, held, share * gpu.memory),
-        Role("reward", reward_gpus, reward_memory(recipe, models.reward), gpu.memory),
-        Role(
-            "learner",
-            recipe.learner.gpus_per_rank,
-            learner_memory(recipe, models.policy, models.critic),
-            gpu.memory,
-        ),
-    ]
+    cached = WIDTH[recipe.policy.dtype] * models.policy.kv_elements * sequence / max(1, rollout.gpus_per_actor)
+    held = Memory(engine.memory.gpu | {"KV cache of one sequence": cached}, {})
+    roles = [Role("rollout", rollout.gpus_per_actor, held, rollout.memory * gpu.memory)]
+    for scoring, shape in zip(scorings(recipe), models.reward, strict=True):
+        share = scoring.reward.memory if isinstance(scoring.reward, LogRatioReward) else 1.0
+        roles.append(Role(scoring.name, scoring.gpus, reward_memory(scoring, shape), share * gpu.memory))
+    learning = learner_memory(recipe, models.policy, models.critic)
+    return [*roles, Role("learner", learner.gpus_per_rank, learning, gpu.memory)]
 
 
 def _memory_problems(recipe: Recipe, models: Models, gpu: Gpu, roles: list[Role]) -> Iterator[str]:
@@ -150,10 +138,11 @@ def _changes(role: str, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     longest = recipe.prompts.max_tokens + recipe.length.max_tokens
     if role == "rollout":
         yield from (("rollout", {"gpus_per_actor": gpus}) for gpus in (2, 4, 8))
-    elif role == "reward":
-        assert not isinstance(recipe.reward, FunctionReward)
-        yield "reward", {"tokens_per_batch": min(recipe.reward.tokens_per_batch, recipe.reward.max_tokens)}
-        if not isinstance(recipe.reward, UltraRMReward):
+    elif role.startswith("reward"):
+        reward = recipe.reward
+        if not isinstance(reward, FunctionReward | SumReward):
+            yield "reward", {"tokens_per_batch": min(reward.tokens_per_batch, reward.max_tokens)}
+        if isinstance(reward, LogRatioReward):
             yield from (("reward", {"gpus_per_worker": gpus}) for gpus in (2, 4, 8))
     else:
         yield "learner", {"gradient_checkpointing": True}
@@ -182,10 +171,12 @@ def _no_room(left: list[Actor], nodes: Nodes) -> str:
 def best_split(
     recipe: Recipe, models: Models, nodes: Nodes, network: float, per_node: int
 ) -> tuple[dict[str, int], float] | None:
-    """Of the GPUs that the recipe asks for now: the numbers of actors with the quickest step at the longest limit."""
+    """Of as many GPUs as the recipe asks for, or as there are: the actors with the quickest step at the longest limit."""
     rollout, learner, limit = recipe.rollout, recipe.learner, recipe.length.max_tokens
-    reward_gpus = 0 if isinstance(recipe.reward, FunctionReward) else recipe.reward.gpus_per_worker
-    total = rollout.actors * rollout.gpus_per_actor + recipe.reward.workers * reward_gpus + learner.ranks
+    # GPUs that one worker more, of each model that scores, takes; the parts of a sum stay as they are.
+    unit = 0 if isinstance(recipe.reward, SumReward) else sum(scoring.gpus for scoring in scorings(recipe))
+    total = min(nodes.gpus, sum(actor.gpus for actor in actors_of(recipe)))
+    free = total if unit else total - sum(actor.gpus for actor in actors_of(recipe) if actor.role == "reward")
     stride = ceil(total / 64)  # of more GPUs than that a coarser choice is enough
     samples = recipe.prompts.per_step * rollout.samples_per_prompt
     most_ranks = samples // learner.minibatches if isinstance(learner, PPOLearner) else samples
@@ -193,19 +184,20 @@ def best_split(
     if engine.in_flight == 0:
         return None
     found: list[tuple[dict[str, int], float]] = []
-    for ranks in range(1, min(total, most_ranks + 1), stride):
+    for ranks in range(1, min(free, most_ranks + 1), stride):
         learning = _with(recipe, "learner", ranks=ranks)
         if learner_memory(learning, models.policy, models.critic).total > nodes.gpu.memory:
             continue
-        rest = total - ranks
-        most = rest // reward_gpus if reward_gpus else recipe.reward.workers
-        for workers in range(1, most + 1, stride) if reward_gpus else [most]:
-            actors = (rest - workers * reward_gpus) // rollout.gpus_per_actor
+        for workers in range(1, (free - ranks) // unit + 1, stride) if unit else [0]:
+            actors = (free - ranks - workers * unit) // rollout.gpus_per_actor
             if actors < 1:
                 continue
-            other = _with(_with(learning, "rollout", actors=actors), "reward", workers=workers)
-            seconds = step(other, models, nodes.gpu, engine, limit, network, per_node).seconds
-            found.append(({"rollout.actors": actors, "reward.workers": workers, "learner.ranks": ranks}, seconds))
+            other = _with(learning, "rollout", actors=actors)
+            counts = {"rollout.actors": actors, "learner.ranks": ranks}
+            if unit:
+                other = _with(other, "reward", workers=workers)
+                counts["reward.workers"] = workers
+            found.append((counts, step(other, models, nodes.gpu, engine, limit, network, per_node).seconds))
     return min(found, key=itemgetter(1), default=None)
 
 
@@ -216,7 +208,7 @@ def disk(recipe: Recipe, models: Models) -> dict[str, float]:
     keep = recipe.checkpoints
     export = WIDTH[recipe.policy.dtype] * models.policy.parameters
     found = {
-        f"checkpoints of {one / 1e9:.0f} GB, {keep.keep_last + keep.keep_best} kept and 1 on its way": one
+        f"checkpoints, {keep.keep_last + keep.keep_best} kept and 1 on its way": one
         * (keep.keep_last + keep.keep_best + 1),
         "coarse actor": export,
     }

@@ -7,6 +7,7 @@ Formulas follow what DeepSpeed 0.19, transformers 5.19 and vLLM 0.32 allocate as
 from dataclasses import dataclass
 
 from c2f_ray.plan.model import ModelShape
+from c2f_ray.plan.rewards import Scoring
 from c2f_ray.recipe.schema import FunctionReward, LearnerBase, LogRatioReward, Lora, Recipe, RejectionSamplingLearner
 
 GIB = 2**30
@@ -160,21 +161,20 @@ def engine_memory(recipe: Recipe, policy: ModelShape, gpu_memory: float, respons
     return Engine(Memory(own, {}), kv_tokens, in_flight)
 
 
-def reward_memory(recipe: Recipe, models: list[ModelShape]) -> Memory:
-    """Of one GPU of a reward worker: ``models`` are UltraRM, or the log-ratio's two, spread over the worker's GPUs."""
-    reward = recipe.reward
-    if isinstance(reward, FunctionReward):
+def reward_memory(scoring: Scoring, shape: ModelShape | None) -> Memory:
+    """Of one GPU of a reward worker. A log ratio's model is a vLLM engine, and has a prompt's logits whole."""
+    reward = scoring.reward
+    if isinstance(reward, FunctionReward) or shape is None:
         return Memory({}, {})
     width, gpus = WIDTH[reward.dtype], max(1, reward.gpus_per_worker)
-    judges = isinstance(reward, LogRatioReward)  # by what its output layers say
+    judges = isinstance(reward, LogRatioReward)
     gpu = {
-        "weights": width * sum(shape.parameters if judges else shape.trunk for shape in models) / gpus,
-        "activations": max(forward_bytes(shape, width, reward.tokens_per_batch) for shape in models),
+        "weights": width * (shape.parameters if judges else shape.trunk) / gpus,
+        "activations": forward_bytes(shape, width, reward.tokens_per_batch) / gpus,
     }
     if judges:
-        gpu["activations"] += (
-            LOGITS * max(shape.vocabulary for shape in models) * min(reward.tokens_per_batch, CHUNK_TOKENS)
-        )
+        gpu["logits"] = LOGITS * shape.vocabulary * reward.max_tokens
+        gpu["KV cache of one sequence"] = width * shape.kv_elements * reward.max_tokens / gpus
     if reward.gpus_per_worker:
         gpu["CUDA, NCCL"] = CUDA_BYTES
     return Memory(gpu, {})

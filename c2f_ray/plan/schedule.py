@@ -7,7 +7,15 @@ from math import ceil
 from c2f_ray.plan.clusters import Gpu
 from c2f_ray.plan.memory import WIDTH, Engine, has_reference, trainable
 from c2f_ray.plan.model import ModelShape
-from c2f_ray.recipe.schema import FunctionReward, PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner
+from c2f_ray.plan.rewards import scorings
+from c2f_ray.recipe.schema import (
+    FunctionReward,
+    LogRatioReward,
+    PPOLearner,
+    Recipe,
+    RejectionSamplingLearner,
+    ReMaxLearner,
+)
 
 # Shares of a data sheet's peak that kernels reach, and what is not on it. Of ours, on the careful side of what is
 # published for models of this size; arXiv 2205.05198 reports 42% to 56% of an A100's peak in training.
@@ -31,7 +39,7 @@ ASSUMPTIONS = (
 class Models:
     policy: ModelShape
     critic: ModelShape | None
-    reward: list[ModelShape]
+    reward: list[ModelShape | None]  # as `scorings` has them; a function is None
 
 
 @dataclass(frozen=True)
@@ -88,15 +96,18 @@ def _rollout(recipe: Recipe, policy: ModelShape, gpu: Gpu, engine: Engine, promp
     return share / together * response * token + prefill
 
 
-def _reward(recipe: Recipe, models: list[ModelShape], gpu: Gpu, length: int) -> float:
-    """A function's time is not known, and counts as none."""
-    reward = recipe.reward
-    if isinstance(reward, FunctionReward):
-        return 0.0
-    length = min(length, reward.max_tokens)
-    head = len(models) > 1
-    flops = sum(shape.forward_flops(num_rollouts(recipe) * length, length, head=head) for shape in models)
-    return flops / (reward.workers * reward.gpus_per_worker * gpu.flops * FORWARD)
+def _reward(recipe: Recipe, models: list[ModelShape | None], gpu: Gpu, length: int) -> float:
+    """Of the slowest, for they work side by side. A function's time is not known, and counts as none."""
+    seconds = 0.0
+    for scoring, shape in zip(scorings(recipe), models, strict=True):
+        reward = scoring.reward
+        if isinstance(reward, FunctionReward) or shape is None:
+            continue
+        read = min(length, reward.max_tokens)
+        judges = isinstance(reward, LogRatioReward)
+        flops = shape.forward_flops(num_rollouts(recipe) * read, read, head=judges)
+        seconds = max(seconds, flops / (reward.workers * reward.gpus_per_worker * gpu.flops * FORWARD))
+    return seconds
 
 
 def _learner(recipe: Recipe, models: Models, gpu: Gpu, prompt: int, response: int, link: float) -> float:

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from c2f_ray.plan.clusters import actors_of
 from c2f_ray.plan.estimate import Estimate, Role
 from c2f_ray.plan.memory import GIB
+from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import ASSUMPTIONS, num_rollouts
+
+MIB = 2**20
 
 
 def format_estimate(found: Estimate, network: float) -> RenderableType:
@@ -30,35 +34,49 @@ def _models(found: Estimate) -> Table:
     table = _table("models", "role", "parameters", "of them used by a token", "KV cache of a token")
     models = found.models
     rows = [("policy", models.policy)] + ([("critic", models.critic)] if models.critic else [])
-    rows += [("reward" if len(models.reward) == 1 else f"reward {i + 1}", each) for i, each in enumerate(models.reward)]
+    rows += [
+        (scoring.name, shape) for scoring, shape in zip(scorings(found.recipe), models.reward, strict=True) if shape
+    ]
     for role, shape in rows:
         kv = f"{2 * shape.kv_elements / 1024:.0f} KiB" if role == "policy" else ""
         count = shape.trunk if role == "critic" else shape.parameters
-        table.add_row(role, f"{count / 1e9:.3g} B", f"{(shape.active + shape.embedding) / 1e9:.3g} B", kv)
+        table.add_row(role, _count(count), _count(shape.active + shape.embedding), kv)
     return table
 
 
 def _memory(found: Estimate) -> Table:
     gpu = found.nodes.gpu
-    on = f"GPU ({gpu.name}, {gpu.memory / GIB:.1f} GiB)" if found.steps else "process (CPU)"
-    table = _table(f"memory of one {on}, GiB", "what", *(role.name for role in found.roles))
+    on, unit = f"GPU ({gpu.name}, {gpu.memory / GIB:.1f} GiB), GiB", GIB
+    if not found.steps:
+        on, unit = "process (CPU), MiB", MIB
+
+    def told(size: float | None) -> str:
+        return "" if size is None else f"{size / unit:.1f}"
+
+    table = _table(f"memory of one {on}", "what", *(role.name for role in found.roles))
     names = dict.fromkeys(name for role in found.roles for name in role.memory.gpu)
     for name in names:
-        table.add_row(name, *(_gib(role.memory.gpu.get(name)) for role in found.roles))
+        table.add_row(name, *(told(role.memory.gpu.get(name)) for role in found.roles))
     table.add_section()
-    table.add_row("together", *(_gib(role.memory.total or None) for role in found.roles))
+    table.add_row("together", *(told(role.memory.total or None) for role in found.roles))
     if found.steps:
-        table.add_row("may take", *(_gib(role.room if role.gpus else None) for role in found.roles))
+        table.add_row("may take", *(told(role.room if role.gpus else None) for role in found.roles))
         table.add_row("fits", *(_fits(role) for role in found.roles))
     for name in dict.fromkeys(name for role in found.roles for name in role.memory.host):
-        table.add_row(f"in CPU memory: {name}", *(_gib(role.memory.host.get(name)) for role in found.roles))
+        table.add_row(f"in CPU memory: {name}", *(told(role.memory.host.get(name)) for role in found.roles))
     return table
 
 
-def _gib(size: float | None) -> str:
-    if size is None:
-        return ""
-    return f"{size / GIB:.1f}" if size >= 0.05 * GIB else f"{size / GIB:.2g}"
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g} B" if number >= 1e8 else f"{number / 1e6:.3g} M"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.2g}"
 
 
 def _fits(role: Role) -> str:
@@ -83,25 +101,26 @@ def _schedule(found: Estimate) -> Table:
     table = _table("one step, seconds", "response limit", *(f"{limit} tokens" for limit in found.steps))
     steps = list(found.steps.values())
     for name in ("rollout", "reward", "learner", "weights"):
-        table.add_row(name, *(f"{getattr(step, name):.3g}" for step in steps))
+        table.add_row(name, *(_seconds(getattr(step, name)) for step in steps))
     table.add_section()
-    table.add_row("step", *(f"{step.seconds:.3g}" for step in steps))
-    table.add_row("sequences in flight", *(str(engine.in_flight) for engine in found.engines.values()))
+    table.add_row("step", *(_seconds(step.seconds) for step in steps))
+    table.add_row("sequences in an engine's KV cache", *(str(engine.in_flight) for engine in found.engines.values()))
     return table
 
 
 def _lines(found: Estimate, network: float) -> Iterator[str]:
     recipe = found.recipe
     yield (
-        f"weight transfer: {found.transfer / 1e9:.3g} GB in buckets of {recipe.weights.bucket_mib} MiB, "
+        f"weight transfer: {_size(found.transfer)} in buckets of {recipe.weights.bucket_mib} MiB, "
         f"{found.transfer / network:.2g} s at {network / 1e9:.3g} GB/s"
     )
-    yield f"disk: {sum(found.disk.values()) / 1e9:.3g} GB: " + ", ".join(
-        f"{name} {size / 1e9:.3g} GB" for name, size in found.disk.items()
+    yield f"disk: {_size(sum(found.disk.values()))}: " + ", ".join(
+        f"{name} {_size(size)}" for name, size in found.disk.items()
     )
     if found.steps:
         yield from _costs(found)
-        yield "assumed: " + "; ".join(ASSUMPTIONS)
+        yield "assumed:"
+        yield from (f"- {assumption}" for assumption in ASSUMPTIONS)
     for node, actors in zip(found.nodes.nodes, found.placed, strict=True):
         if node.gpus and not any(actor.gpus for actor in actors):
             yield f"note: {node.gpus} GPUs of a node ({node.kind}) have nothing to do"
@@ -116,8 +135,10 @@ def _costs(found: Estimate) -> Iterator[str]:
         counts, seconds = found.split
         told = " ".join(f"{key}={count}" for key, count in counts.items())
         gain = 1 - seconds / longest.seconds
-        if gain > 0.02:
-            yield f"a quicker split of as many GPUs: {told}: {seconds:.3g} s a step, {gain:.0%} less"
+        if sum(actor.gpus for actor in actors_of(found.recipe)) > found.nodes.gpus:
+            yield f"{found.nodes.gpus} GPUs have room for {told}: {_seconds(seconds)} s a step"
+        elif gain > 0.02:
+            yield f"a quicker split of as many GPUs: {told}: {_seconds(seconds)} s a step, {gain:.0%} less"
         else:
             yield "no other split of as many GPUs makes a step 2% quicker"
     if len(found.steps) > 1:

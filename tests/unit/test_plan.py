@@ -16,6 +16,7 @@ from c2f_ray.plan.clusters import GPUS, Actor, Node, actors_of, chosen_nodes, pl
 from c2f_ray.plan.estimate import disk, estimate, read_models
 from c2f_ray.plan.memory import GIB, engine_memory, learner_memory
 from c2f_ray.plan.model import MISTRAL_7B, PUBLISHED, ModelShape, read_model
+from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import step
 from c2f_ray.recipe import load_recipe
 from c2f_ray.session import train_needs
@@ -113,7 +114,7 @@ def test_adapters_learn_instead_of_the_weights():
     adapters = 64 * 32 * ((4096 + 4096) + (14336 + 4096))
     assert found.gpu["optimizer"] == 12 * adapters / 2
     assert "reference" not in found.gpu
-    assert disk(recipe, read_models(recipe))["checkpoints of 1 GB, 2 kept and 1 on its way"] == 3 * 12 * adapters
+    assert disk(recipe, read_models(recipe))["checkpoints, 2 kept and 1 on its way"] == 3 * 12 * adapters
 
 
 def test_cache_holds_what_vllm_leaves_it():
@@ -177,7 +178,10 @@ def test_what_does_not_fit_is_told_with_a_change_that_does():
 
 
 def test_too_few_gpus_are_told():
-    (problem,) = planned(seed("mistral_c2f"), gpus=12).problems
+    found = planned(seed("mistral_c2f"), gpus=12)
+    (problem,) = found.problems
+    assert found.split is not None
+    assert sum(found.split[0].values()) <= 12
     assert "4 actors (learner) find no room: 4 GPUs more are needed, and the cluster has 12 GPUs" in problem
 
 
@@ -200,19 +204,20 @@ def test_actors_are_those_that_train_reserves(path):
     assert (sum(a.gpus for a in actors), sum(a.cpus for a in actors)) == (needs.gpus, needs.cpus)
 
 
-def tiny_models(folder: Path) -> list[str]:
-    """Configurations of the demo's models, for the recipes that name them."""
+def tiny_models(path: Path, folder: Path) -> list[str]:
+    """Overrides that give a recipe of the demo's world models that are there, as far as a plan reads them."""
     shape = {
         "model_type": "mistral", "vocab_size": 256, "hidden_size": 128, "intermediate_size": 384,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(shape))
-    return [f"policy.model={folder}", f"reward.model={folder}"]
+    keys = ["policy.model", *(scoring.key for scoring in scorings(load_recipe(path)) if scoring.model)]
+    return [f"{key}={folder}" for key in keys]
 
 
 def test_every_recipe_is_planned_in_two_seconds_without_torch(tmp_path):
     """Of CPU time, each in the same process, and the first with all imports."""
-    commands = [[str(path), *(tiny_models(tmp_path) if path not in ON_GPUS else [])] for path in CONFIGS]
+    commands = [[str(path), *(tiny_models(path, tmp_path) if path not in ON_GPUS else [])] for path in CONFIGS]
     script = f"""
 import sys, time
 from c2f_ray.cli import app
@@ -244,12 +249,32 @@ def test_the_command_says_what_does_not_fit():
 
 
 def test_on_cpus_memory_is_told_and_no_seconds(tmp_path):
-    found = estimate(
-        seed("tiny", *tiny_models(tmp_path)), chosen_nodes(seed("tiny"), None, None, 8, None, None), NETWORK
-    )
+    recipe = seed("tiny", *tiny_models(ROOT / "configs/tiny.yaml", tmp_path))
+    found = planned(recipe)
     assert found.steps == {}
     shape = ModelShape(3, 128, 384, 4, 2, 32, 256)
     learner = found.roles[2].memory.gpu
     assert learner["weights"] == 4 * shape.parameters
     assert learner["optimizer"] == 12 * shape.parameters / 2
     assert found.engines[96].in_flight == min(256, int(0.25 * GIB / (4 * shape.kv_elements) // (48 + 96)))
+
+
+def test_a_log_ratio_has_engines_for_both_models():
+    """Merlinite: 46.7 B parameters in bfloat16 over two GPUs each."""
+    found = planned(seed("merlinite_7b_pt"))
+    assert [role.name for role in found.roles] == ["rollout", "reward, policy", "reward, reference", "learner"]
+    assert [role.gpus for role in found.roles] == [1, 2, 2, 1]
+    assert found.roles[1].memory.gpu["weights"] == 46_702_792_704
+    assert found.roles[1].room == 0.9 * A100.memory
+
+
+def test_parts_of_a_sum_have_workers_of_their_own():
+    parts = "{rm: {weight: 1, reward: {kind: ultrarm, model: openbmb/UltraRM-13b, workers: 2}}, "
+    parts += "right: {weight: 0.5, reward: {kind: function, function: 'm:f', workers: 3}}}"
+    recipe = seed("mistral_7b_remax", "reward={kind: sum, parts: " + parts + "}")
+    found = planned(recipe)
+    assert [role.name for role in found.roles] == ["rollout", "reward rm", "reward right", "learner"]
+    assert sum(actor.gpus for node in found.placed for actor in node) == 8
+    assert found.steps[384].reward == pytest.approx(planned(seed("mistral_7b_remax")).steps[384].reward)
+    assert found.split is not None
+    assert set(found.split[0]) == {"rollout.actors", "learner.ranks"}
