@@ -62,7 +62,9 @@ def check_node(recipe: Recipe | None) -> list[Finding]:
             found += check(recipe)
         except Exception as error:  # what is broken is not known beforehand
             told = f"{type(error).__name__}: {error}".splitlines()[0]
-            found.append(failure(f"{check.__name__.replace('_', ' ')}: cannot be checked: {told}", "mend that first"))
+            found.append(
+                failure(f"{check.__name__.replace('_', ' ')}: cannot be checked: {told}", "make that work first")
+            )
     return found
 
 

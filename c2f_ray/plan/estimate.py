@@ -117,17 +117,18 @@ def _memory_problems(recipe: Recipe, models: Models, gpu: Gpu, roles: list[Role]
         if role.gpus == 0 or role.memory.total <= role.room:
             continue
         what = f"{role.name}: needs {role.memory.total / GIB:.0f} GiB of a GPU's {role.room / GIB:.0f}"
-        changed, told = recipe, []
-        for change in _changes(role.name, recipe):
-            section, settings = change
+        changed = recipe
+        told: dict[str, str] = {}
+        for section, settings in _changes(role.name, recipe):
             lighter = _with(changed, section, **settings)
             again = roles_of(lighter, models, gpu)[number]
             if again.memory.total >= roles_of(changed, models, gpu)[number].memory.total:
                 continue
             changed = lighter
-            told += [f"{section}.{key}={str(value).lower()}" for key, value in settings.items()]
+            told |= {f"{section}.{key}": str(value).lower() for key, value in settings.items()}
             if again.memory.total <= again.room:
-                yield f"{what}; with {' '.join(told)} it needs {again.memory.total / GIB:.0f}"
+                changes = " ".join(f"{key}={value}" for key, value in told.items())
+                yield f"{what}; with {changes} it needs {again.memory.total / GIB:.0f}"
                 break
         else:
             yield f"{what}; no setting makes it fit: take larger GPUs, or a smaller model"
@@ -171,7 +172,7 @@ def _no_room(left: list[Actor], nodes: Nodes) -> str:
 def best_split(
     recipe: Recipe, models: Models, nodes: Nodes, network: float, per_node: int
 ) -> tuple[dict[str, int], float] | None:
-    """Of as many GPUs as the recipe asks for, or as there are: the actors with the quickest step at the longest limit."""
+    """The actors that make the quickest step at the longest limit on the recipe's GPUs, or on those that there are."""
     rollout, learner, limit = recipe.rollout, recipe.learner, recipe.length.max_tokens
     # GPUs that one worker more, of each model that scores, takes; the parts of a sum stay as they are.
     unit = 0 if isinstance(recipe.reward, SumReward) else sum(scoring.gpus for scoring in scorings(recipe))

@@ -31,7 +31,7 @@ ASSUMPTIONS = (
     f"kernels reach {TRAINING:.0%} of the GPU's bfloat16 peak in training, {FORWARD:.0%} in forward passes, and "
     f"{DECODING:.0%} of its memory's bandwidth in decoding (shares of ours; peaks from the data sheets)",
     f"ranks of one node exchange {NODE_LINK / 1e9:.0f} GB/s; an offloaded AdamW touches {HOST_MEMORY / 1e9:.0f} GB/s",
-    "rewards are computed while rollouts still run; learning and the weight transfer follow",
+    "rewards are computed while rollouts still run; learning follows, and then the weights cross the network once",
 )
 
 
@@ -97,11 +97,11 @@ def _rollout(recipe: Recipe, policy: ModelShape, gpu: Gpu, engine: Engine, promp
 
 
 def _reward(recipe: Recipe, models: list[ModelShape | None], gpu: Gpu, length: int) -> float:
-    """Of the slowest, for they work side by side. A function's time is not known, and counts as none."""
+    """Of the slowest, for they work side by side. What does not run on GPUs has no known rate, and counts as none."""
     seconds = 0.0
     for scoring, shape in zip(scorings(recipe), models, strict=True):
         reward = scoring.reward
-        if isinstance(reward, FunctionReward) or shape is None:
+        if isinstance(reward, FunctionReward) or shape is None or reward.gpus_per_worker == 0:
             continue
         read = min(length, reward.max_tokens)
         judges = isinstance(reward, LogRatioReward)

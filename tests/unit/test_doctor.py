@@ -156,7 +156,7 @@ def test_a_check_that_cannot_be_made_is_a_failure(monkeypatch):
         monkeypatch.setattr(node, name, lambda recipe: [])
     monkeypatch.setattr(node, "shared_memory", shared_memory)
     assert told(node.check_node(None)) == [
-        "failure  shared memory: cannot be checked: OSError: broken; mend that first"
+        "failure  shared memory: cannot be checked: OSError: broken; make that work first"
     ]
 
 

@@ -18,7 +18,7 @@ from c2f_ray.plan.memory import GIB, engine_memory, learner_memory
 from c2f_ray.plan.model import MISTRAL_7B, PUBLISHED, ModelShape, read_model
 from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import step
-from c2f_ray.recipe import load_recipe
+from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.session import train_needs
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,29 @@ def test_a_model_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(RecipeError, match=r"not a model's configuration"):
         read_model("policy.model", str(tmp_path))
+
+
+MEASURED = json.loads((ROOT / "benchmarks/results/memory.json").read_text())
+
+
+@pytest.mark.parametrize("name", MEASURED["cases"])
+def test_memory_as_measured_on_real_ranks(name):
+    """By benchmarks/memory.py: every allocation of a DeepSpeed rank in an update of 36 million parameters."""
+    case, shape = MEASURED["cases"][name], ModelShape(**MEASURED["shape"])
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "measured", "steps": 2},
+            "policy": {"model": "none", "dtype": case["dtype"]},
+            "prompts": {"source": "none", "max_tokens": MEASURED["prompt_tokens"]},
+            "length": {"rule": "fixed", "max_tokens": MEASURED["response_tokens"]},
+            "rollout": {"gpus_per_actor": 0},
+            "reward": {"kind": "function", "function": "none:none"},
+            "learner": case["learner"],
+        }
+    )
+    found = learner_memory(recipe, shape, shape if case["learner"]["algorithm"] == "ppo" else None)
+    total = found.total + sum(found.host.values())
+    assert total == pytest.approx(case["peak"], rel=0.1)
 
 
 def model_states(found: memory.Memory) -> float:
@@ -175,6 +198,8 @@ def test_what_does_not_fit_is_told_with_a_change_that_does():
     assert [problem.split(":")[0] for problem in small.problems] == ["rollout", "reward", "learner"]
     assert "rollout.gpus_per_actor=2" in small.problems[0]
     assert "take larger GPUs" in small.problems[1]
+    tight = planned(seed("mistral_7b_remax"), memory_gib=10).problems[0]
+    assert "with rollout.gpus_per_actor=4 it needs" in tight  # and not 2 and 4
 
 
 def test_too_few_gpus_are_told():
@@ -278,3 +303,14 @@ def test_parts_of_a_sum_have_workers_of_their_own():
     assert found.steps[384].reward == pytest.approx(planned(seed("mistral_7b_remax")).steps[384].reward)
     assert found.split is not None
     assert set(found.split[0]) == {"rollout.actors", "learner.ranks"}
+    assert planned(seed("mistral_7b_remax", "reward.gpus_per_worker=0")).steps[384].reward == 0
+
+
+def test_the_readmes_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = [line.partition("#")[0].split() for line in lines if line.startswith("c2f-ray plan configs/")]
+    codes = []
+    for _, _, recipe, *arguments in commands:
+        arguments = [str(ROOT / part) if part.startswith("cluster/") else part for part in arguments]
+        codes.append(run(str(ROOT / recipe), *arguments).exit_code)
+    assert codes == [0, 1, 0]  # as the README says
