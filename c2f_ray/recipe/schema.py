@@ -378,6 +378,25 @@ class Merge(Section):
         return self
 
 
+class Choose(Section):
+    """The best fine actor: the one with most of a metric, among those that are not worse than the instruct model in
+    others. All are columns of the evaluation's table.
+    """
+
+    by: str = "reward"
+    at_most_over_instruct: dict[str, float] = {}  # how much more of a metric it may have than the instruct model
+    at_least_over_instruct: dict[str, float] = {}  # how much more it must have; below 0: how much less it may have
+
+    @model_validator(mode="after")
+    def _more_is_better(self) -> "Choose":
+        if self.by in LESS_IS_BETTER:
+            raise ValueError(f"by {self.by!r}: less of it is better; put it into at_most_over_instruct")
+        return self
+
+
+LESS_IS_BETTER = ("truncated", "repeated_lines")
+
+
 class Evaluate(Section):
     prompts: str  # held-out questions: a .jsonl or .parquet file, or the name of a Hugging Face dataset
     split: str = "train"
@@ -385,6 +404,7 @@ class Evaluate(Section):
     num_prompts: Count | None = None
     max_tokens: Count = 512  # of a response, decoded greedily
     accuracy: FunctionPath | None = None  # module:name of a grader of one response
+    choose: Choose | None = None  # links the best fine actor as `fine/best`; null: none is chosen
 
 
 class Recipe(Section):

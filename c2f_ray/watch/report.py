@@ -82,9 +82,10 @@ def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
 
 
 def format_table(evaluation: Mapping[str, Any]) -> Table:
-    """The evaluation as a table for the terminal; the best fine actor is marked."""
+    """The evaluation as a table for the terminal; the best fine actor is marked, and each one's verdict is below."""
     content = _table(evaluation)
-    table = Table(title=content["caption"], title_justify="left")
+    verdicts = Text("\n".join(f"{name} {verdict}" for name, verdict in content["verdicts"].items()))
+    table = Table(title=content["caption"], title_justify="left", caption=verdicts, caption_justify="left")
     table.add_column("model")
     for title in content["titles"]:
         table.add_column(title, justify="right")
@@ -112,7 +113,12 @@ def _table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     caption = f"Held-out prompts, greedy responses of up to {evaluation['max_tokens']} tokens"
     if evaluation["best"]:
         caption += "; * marks the best fine actor"
-    return {"titles": [title for _, title, _ in columns], "rows": rows, "caption": caption}
+    return {
+        "titles": [title for _, title, _ in columns],
+        "rows": rows,
+        "caption": caption,
+        "verdicts": evaluation.get("verdicts", {}),
+    }
 
 
 def _diagnosis(run_folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import ray
 from c2f_ray import load_recipe, train
 from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
-from c2f_ray.evaluation.job import check_evaluate
+from c2f_ray.evaluation.check import check_evaluate
 from c2f_ray.watch.metrics import read_metrics, without_timing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,6 +97,11 @@ def test_the_table_and_the_report_name_every_model(run: Path):
     assert by_name["residue-0"] == by_name["interpolate-0"] == by_name["instruct"], "ratio 0 is the instruct model"
     assert by_name["coarse"] != by_name["base"]
     assert by_name[f"coarse@{limit}"]["length"] <= limit < by_name["coarse"]["length"]
+    fine = sorted(path.name for path in (run / "fine").iterdir() if not path.is_symlink())
+    assert list(evaluation["verdicts"]) == fine == names[4:]
+    if best := evaluation["best"]:  # these models know nothing, so the rule may allow none
+        assert (run / "fine" / "best").readlink() == Path(best)
+        assert evaluation["verdicts"][best].startswith("chosen: reward")
     report = (run / "report.html").read_text()
     assert all(name in report for name in names)
     assert "http://" not in report.replace("http://www.w3.org/", "")
@@ -205,6 +210,7 @@ def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, command: s
     ("override", "problem"),
     [
         ("evaluate.prompts=nothing.jsonl", "evaluate.prompts: nothing.jsonl: no such file"),
+        ("evaluate.choose.by=rewrd", "evaluate.choose.by: rewrd: this evaluation has no such metric; it has reward, "),
         ("evaluate.accuracy=os:nothing", "evaluate.accuracy: os:nothing: module 'os' has no attribute 'nothing'"),
         ("evaluate.accuracy=os.path:join", "evaluate.accuracy: os.path:join fails on an empty response: TypeError"),
         ("evaluate.max_tokens=250", "prompts.max_tokens 48 and evaluate.max_tokens 250 together are 298 tokens"),

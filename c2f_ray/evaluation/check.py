@@ -1,0 +1,137 @@
+"""What there is to evaluate, with everything that can be known to be wrong found before Ray starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from c2f_ray.data.prompts import PromptSet
+from c2f_ray.data.templates import chat_template
+from c2f_ray.data.tokenizer import load_tokenizer
+from c2f_ray.errors import RecipeError
+from c2f_ray.evaluation.metrics import RESPONSE_METRICS
+from c2f_ray.functions import load_function
+from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
+from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.schema import Choose, Evaluate, FunctionReward, UltraRMReward
+from c2f_ray.watch.metrics import read_metrics
+
+Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
+BEST = "best"  # the link in `fine/`
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate."""
+
+    name: str
+    folder: str
+    prompts: PromptSet  # rendered with its own template; the same rows for all candidates
+    fine: bool
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation that can be done."""
+
+    settings: Evaluate
+    reward: UltraRMReward | FunctionReward
+    limit: int  # the response limit of the run's last step
+    candidates: list[Candidate]
+    folder: Path  # absolute, of the run
+
+
+def check_evaluate(recipe: Recipe) -> EvaluationPlan:
+    """Raises RecipeError; writes nothing."""
+    settings = recipe.evaluate
+    if settings is None:
+        raise RecipeError("evaluate: missing; it names the held-out prompts")
+    reward = check_reward(recipe.reward)
+    check_model("policy.model", recipe.policy.model)
+    folder = run_folder(recipe).absolute()
+    if not (folder / "coarse").is_dir() or not (folder / "metrics.jsonl").is_file():
+        raise RecipeError(
+            f"run.name: {folder / 'coarse'}: no coarse actor there; run `c2f-ray train` with this recipe first"
+        )
+    candidates = _candidates(recipe, settings, folder)
+    columns = list(RESPONSE_METRICS)
+    if settings.accuracy:
+        columns += _try_grader(settings.accuracy, candidates[0].prompts)
+    if settings.choose:
+        _check_choose(settings.choose, columns, [candidate.name for candidate in candidates])
+    limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
+    assert limit is not None  # it is a whole number in every step
+    return EvaluationPlan(settings, reward, int(limit), candidates, folder)
+
+
+def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> list[Candidate]:
+    """The models, with the prompts that each is asked."""
+    best = folder / "fine" / BEST
+    if best.exists() and not best.is_symlink():
+        raise RecipeError(f"run.name: {best}: the link to the best fine actor goes there; move what is there away")
+    folders = {"base": recipe.policy.model}
+    if recipe.merge is not None:
+        folders["instruct"] = recipe.merge.instruct
+    folders["coarse"] = str(folder / "coarse")
+    fine = {path.name: str(path) for path in sorted((folder / "fine").glob("*")) if path.is_dir() and path != best}
+    vocabulary = load_tokenizer(recipe.policy.model).get_vocab()
+    prompts: dict[str, PromptSet] = {}  # by template
+    candidates = []
+    for name, model in (folders | fine).items():
+        config = check_model("merge.instruct" if name == "instruct" else f"run.name ({name})", model)
+        if load_tokenizer(model).get_vocab() != vocabulary:
+            raise RecipeError(
+                f"{model}: its tokenizer is not the policy's, {recipe.policy.model}; they must be the same"
+            )
+        limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "evaluate.max_tokens", settings.max_tokens)
+        check_context(config, *limits)
+        template = _template(recipe, model)
+        if template not in prompts:
+            prompts[template] = heldout_prompts(recipe, template)
+        candidates.append(Candidate(name, absolute_folder(model), prompts[template], fine=name in fine))
+    return candidates
+
+
+def _check_choose(rule: Choose, columns: list[str], names: list[str]) -> None:
+    """The rule speaks of columns that the table will have, and of an instruct model that is in it."""
+    bounds = {f"{side}_over_instruct": getattr(rule, f"{side}_over_instruct") for side in ("at_most", "at_least")}
+    keys = [("by", rule.by), *((side, key) for side, metrics in bounds.items() for key in metrics)]
+    if problems := [
+        f"evaluate.choose.{side}: {key}: this evaluation has no such metric; it has {', '.join(columns)}"
+        for side, key in keys
+        if key not in columns
+    ]:
+        raise RecipeError(*problems)
+    if any(bounds.values()) and "instruct" not in names:
+        raise RecipeError("evaluate.choose: it compares with the instruct model; name that in merge.instruct")
+
+
+def _try_grader(path: str, prompts: PromptSet) -> list[str]:
+    """The grader's columns. One that cannot grade an empty response would fail after all the models have answered."""
+    grades: Any = {}
+    try:
+        grades = load_grader(path)(record_of(prompts, 0), "", False)
+        wrong = None if isinstance(grades, dict) else f"gave {grades!r}, not a dict of numbers"
+    except Exception as error:  # it is the user's code
+        wrong = f"fails on an empty response: {type(error).__name__}: {error}"
+    if wrong:
+        raise RecipeError(f"evaluate.accuracy: {path} {wrong}")
+    return list(grades)
+
+
+def record_of(prompts: PromptSet, row: int) -> dict[str, Any]:
+    """What a grader gets to know of a prompt: its record's fields, `id` and `messages`."""
+    return {**prompts.records[row], "id": prompts.ids[row], "messages": prompts.messages[row]}
+
+
+def load_grader(path: str) -> Grader:
+    """The function that `module:name` names: (record, response, finished) to {metric: value}."""
+    return load_function("evaluate.accuracy", path)
+
+
+def _template(recipe: Recipe, model: str) -> str:
+    """The template that the policy was trained with; another model's own, where it has one."""
+    own = load_tokenizer(model).chat_template
+    if model != recipe.policy.model and isinstance(own, str):
+        return own
+    return chat_template(recipe.policy.chat_template, load_tokenizer(recipe.policy.model))
