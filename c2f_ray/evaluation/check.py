@@ -5,15 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from c2f_ray.data.prompts import PromptSet
+from transformers import PreTrainedConfig
+
+from c2f_ray.algorithms.logprobs import LOGIT_SETTINGS
+from c2f_ray.data.prompts import PromptSet, PromptSource
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
+from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
+from c2f_ray.evaluation.likelihood import text_windows
 from c2f_ray.evaluation.metrics import RESPONSE_METRICS
 from c2f_ray.functions import load_function
 from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Choose, Evaluate, FunctionReward, UltraRMReward
+from c2f_ray.recipe.schema import Choose, Evaluate, FunctionReward, Perplexity, UltraRMReward
 from c2f_ray.watch.metrics import read_metrics
 
 Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
@@ -38,7 +43,13 @@ class EvaluationPlan:
     reward: UltraRMReward | FunctionReward
     limit: int  # the response limit of the run's last step
     candidates: list[Candidate]
+    windows: Ragged | None  # int32 token ids of the held-out texts
     folder: Path  # absolute, of the run
+
+    @property
+    def instruct(self) -> str | None:
+        """The instruct model's folder."""
+        return next((candidate.folder for candidate in self.candidates if candidate.name == "instruct"), None)
 
 
 def check_evaluate(recipe: Recipe) -> EvaluationPlan:
@@ -54,14 +65,21 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
             f"run.name: {folder / 'coarse'}: no coarse actor there; run `c2f-ray train` with this recipe first"
         )
     candidates = _candidates(recipe, settings, folder)
+    windows = _text_windows(recipe, settings.perplexity) if settings.perplexity else None
+    names = [candidate.name for candidate in candidates]
+    if settings.kl_to_instruct and "instruct" not in names:
+        raise RecipeError(
+            "evaluate.kl_to_instruct: there is no instruct model; name it in merge.instruct, or leave out"
+        )
     columns = list(RESPONSE_METRICS)
     if settings.accuracy:
         columns += _try_grader(settings.accuracy, candidates[0].prompts)
+    columns += ["perplexity"] * bool(settings.perplexity) + ["kl_to_instruct"] * settings.kl_to_instruct
     if settings.choose:
-        _check_choose(settings.choose, columns, [candidate.name for candidate in candidates])
+        _check_choose(settings.choose, columns, names)
     limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
     assert limit is not None  # it is a whole number in every step
-    return EvaluationPlan(settings, reward, int(limit), candidates, folder)
+    return EvaluationPlan(settings, reward, int(limit), candidates, windows, folder)
 
 
 def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> list[Candidate]:
@@ -85,11 +103,38 @@ def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> list[Candid
             )
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "evaluate.max_tokens", settings.max_tokens)
         check_context(config, *limits)
+        _check_forward(config, settings, model)
         template = _template(recipe, model)
         if template not in prompts:
             prompts[template] = heldout_prompts(recipe, template)
         candidates.append(Candidate(name, absolute_folder(model), prompts[template], fine=name in fine))
     return candidates
+
+
+def _check_forward(config: PreTrainedConfig, settings: Evaluate, model: str) -> None:
+    for name, plain in LOGIT_SETTINGS.items():
+        value = getattr(config, name, plain)
+        if (settings.perplexity or settings.kl_to_instruct) and value != plain:
+            raise RecipeError(
+                f"evaluate: {model}: perplexity and kl_to_instruct do not apply {name}={value} of the model's config; "
+                "leave both out"
+            )
+
+
+def _text_windows(recipe: Recipe, settings: Perplexity) -> Ragged:
+    key = "evaluate.perplexity.texts"
+    source = PromptSource(
+        key, settings.texts, settings.split, settings.field, num_prompts=settings.num_texts, seed=recipe.run.seed
+    )
+    texts: list[str] = []
+    for text_id, messages, _ in source.load():
+        if len(messages) > 1:
+            raise RecipeError(f"{key}: {settings.texts}: {text_id} holds a conversation; give texts")
+        texts.append(messages[0]["content"])
+    windows = text_windows(load_tokenizer(recipe.policy.model), texts, settings.window_tokens)
+    if not len(windows):
+        raise RecipeError(f"{key}: {settings.texts}: no text has two tokens")
+    return windows
 
 
 def _check_choose(rule: Choose, columns: list[str], names: list[str]) -> None:

@@ -1,7 +1,9 @@
 """The evaluation job: base, instruct, coarse and every fine actor side by side, and the choice among the fine ones."""
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from c2f_ray.data.trajectory import Float32
 from c2f_ray.evaluation.answers import Server, truncate
 from c2f_ray.evaluation.check import BEST, EvaluationPlan, check_evaluate, load_grader, record_of
 from c2f_ray.evaluation.choosing import Choice, choose
+from c2f_ray.evaluation.likelihood import Forward, likelihoods
 from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.preflight import with_absolute_folders
 from c2f_ray.recipe import Recipe
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.session import evaluate_needs, ray_session
-from c2f_ray.waiting import wait_for
+from c2f_ray.waiting import in_turn, wait_for
 from c2f_ray.watch.progress import Progress
 
 Models = dict[str, dict[str, Any]]  # name to folder and metrics, a row of the table
@@ -34,7 +37,11 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     recipe = with_absolute_folders(recipe)
     plan = check_evaluate(recipe)
     with ray_session(recipe, evaluate_needs(recipe)), Progress(len(plan.candidates)) as progress:
-        models = _respond(recipe, plan, progress)
+        models, shards = _respond(recipe, plan, progress)
+        if plan.settings.perplexity or plan.settings.kl_to_instruct:
+            progress.stage("measuring likelihoods")
+            for name, found in _likelihoods(recipe, plan, shards):
+                models[name]["metrics"] |= found
     choice = Choice(None, {})
     if plan.settings.choose:
         metrics = {name: model["metrics"] for name, model in models.items()}
@@ -45,9 +52,9 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "best": choice.best,
         "verdicts": choice.verdicts,
     }
-    partial = plan.folder / "evaluation.json.partial"
-    partial.write_text(json.dumps(result, indent=1))
-    partial.rename(plan.folder / "evaluation.json")
+    aside = plan.folder / "evaluation.json.partial"
+    aside.write_text(json.dumps(result, indent=1))
+    aside.rename(plan.folder / "evaluation.json")
     link_best(plan.folder / "fine", choice.best)
     return result
 
@@ -57,15 +64,16 @@ def link_best(fine: Path, best: str | None) -> None:
     if best is None:
         (fine / BEST).unlink(missing_ok=True)
         return
-    partial = fine / f"{BEST}.partial"
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(best)
-    partial.rename(fine / BEST)
+    aside = fine / f"{BEST}.partial"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(best)
+    aside.rename(fine / BEST)
 
 
-def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> Models:
-    """Every model's greedy responses to the held-out prompts, and what they are worth."""
+def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> tuple[Models, dict[str, list[Any]]]:
+    """What every model's greedy responses to the held-out prompts are worth, and references to them by model."""
     settings, models = plan.settings, Models()
+    responses: dict[str, list[Any]] = {}
     with ExitStack() as stack:
         progress.stage("starting the actors")
         asked = ray.put(plan.candidates[0].prompts)  # the same questions for all candidates
@@ -74,7 +82,7 @@ def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> Models
         rewards.wait_until_ready()
         for number, candidate in enumerate(plan.candidates, start=1):
             progress.stage(f"evaluating {candidate.name}")
-            shards = server.answer(candidate)
+            shards = responses[candidate.name] = server.answer(candidate)
             graded = {candidate.name: shards}
             if candidate.name == "coarse" and plan.limit < settings.max_tokens:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
@@ -89,7 +97,23 @@ def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> Models
                 metrics = wait_for(task, timeout_s, f"the task that grades {name}")
                 models[name] = {"folder": candidate.folder, "metrics": metrics}
             progress.step({"step": number, "reward/mean": models[candidate.name]["metrics"]["reward"]})
-    return models
+    return models, responses
+
+
+def _likelihoods(
+    recipe: Recipe, plan: EvaluationPlan, shards: dict[str, list[Any]]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Perplexity and KL of every model, on the GPUs or the CPUs that the engines have left."""
+    gpus, timeout_s = recipe.rollout.gpus_per_actor, plan.settings.timeout_s
+    task: Any = ray.remote(likelihoods).options(num_gpus=gpus, num_cpus=0 if gpus else 1)
+    forward = Forward(recipe.policy.dtype, gpus, recipe.learner.tokens_per_microbatch)
+    instruct = plan.instruct if plan.settings.kl_to_instruct else None
+    windows = ray.put(plan.windows)
+    starts = {
+        model.name: partial(task.remote, model.folder, instruct, forward, windows, shards[model.name], timeout_s)
+        for model in plan.candidates
+    }
+    return in_turn(starts, recipe.rollout.actors, timeout_s, "the forwards of")
 
 
 @ray.remote(num_cpus=0)

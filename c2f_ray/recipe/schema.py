@@ -394,7 +394,15 @@ class Choose(Section):
         return self
 
 
-LESS_IS_BETTER = ("truncated", "repeated_lines")
+LESS_IS_BETTER = ("truncated", "repeated_lines", "perplexity", "kl_to_instruct")
+
+
+class Perplexity(Section):
+    texts: str  # held-out texts: a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    split: str = "train"
+    field: str = "text"
+    num_texts: Count | None = None
+    window_tokens: Annotated[int, Field(ge=2)] = 2048  # longer texts are cut, and each piece begins anew
 
 
 class Evaluate(Section):
@@ -404,6 +412,9 @@ class Evaluate(Section):
     num_prompts: Count | None = None
     max_tokens: Count = 512  # of a response, decoded greedily
     accuracy: FunctionPath | None = None  # module:name of a grader of one response
+    perplexity: Perplexity | None = None  # of held-out texts
+    kl_to_instruct: bool = False  # nats per token of each model's own responses, over the whole vocabulary
+    timeout_s: Positive = 3600  # of all forwards of one model
     choose: Choose | None = None  # links the best fine actor as `fine/best`; null: none is chosen
 
 

@@ -27,6 +27,8 @@ COLUMNS = [
     ("truncated", "truncated", "{:.1%}"),
     ("distinct_4", "distinct-4", "{:.3f}"),
     ("repeated_lines", "repeated lines", "{:.1%}"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("kl_to_instruct", "KL to instruct", "{:.4f}"),
 ]
 NUM_PROMPTS = 6  # shown with their responses
 MAX_SHOWN = 6000  # characters of one response

@@ -95,7 +95,8 @@ def test_the_table_and_the_report_name_every_model(run: Path):
     assert [model["name"] for model in evaluation["models"]] == names
     by_name = {model["name"]: model["metrics"] for model in evaluation["models"]}
     assert by_name["residue-0"] == by_name["interpolate-0"] == by_name["instruct"], "ratio 0 is the instruct model"
-    assert by_name["coarse"] != by_name["base"]
+    assert by_name["residue-0"]["kl_to_instruct"] == 0.0 < by_name["coarse"]["kl_to_instruct"]
+    assert by_name["coarse"]["perplexity"] != by_name["base"]["perplexity"] > 1
     assert by_name[f"coarse@{limit}"]["length"] <= limit < by_name["coarse"]["length"]
     fine = sorted(path.name for path in (run / "fine").iterdir() if not path.is_symlink())
     assert list(evaluation["verdicts"]) == fine == names[4:]
@@ -213,6 +214,7 @@ def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, command: s
         ("evaluate.choose.by=rewrd", "evaluate.choose.by: rewrd: this evaluation has no such metric; it has reward, "),
         ("evaluate.accuracy=os:nothing", "evaluate.accuracy: os:nothing: module 'os' has no attribute 'nothing'"),
         ("evaluate.accuracy=os.path:join", "evaluate.accuracy: os.path:join fails on an empty response: TypeError"),
+        ("evaluate.perplexity.field=txt", "texts.jsonl:1: no field 'txt'; it has text"),
         ("evaluate.max_tokens=250", "prompts.max_tokens 48 and evaluate.max_tokens 250 together are 298 tokens"),
         ("prompts.max_tokens=5", "tokens, more than prompts.max_tokens 5; raise the limit"),
     ],
