@@ -1,14 +1,20 @@
 """Responses of the evaluated models, from the same rollout actors that training uses."""
 
+import hashlib
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from transformers import AutoConfig
 
+from c2f_ray.data.model_folder import find_model
 from c2f_ray.data.trajectory import Ragged, Trajectories
-from c2f_ray.evaluation.check import Candidate
+from c2f_ray.driver import request_seed
+from c2f_ray.evaluation.check import Candidate, EvaluationPlan
+from c2f_ray.evaluation.mt_bench import TURNS, save_conversations, second_turn
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Evaluate
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
@@ -22,28 +28,83 @@ class Server:
         self.settings = settings
         self.engines: RolloutPool | None = None
         self.architecture: dict[str, Any] = {}
+        turns = 1 if settings.mt_bench is None else TURNS
+        self.max_model_tokens = turns * (recipe.prompts.max_tokens + settings.max_tokens)
 
-    def answer(self, candidate: Candidate) -> list[Any]:
-        """References to the shards of the candidate's greedy responses, by row of its prompts."""
-        tokens = ray.put(candidate.prompts.tokens)
-        architecture = _architecture(candidate.folder)
+    def load(self, folder: str, tokens: Any) -> None:
+        """Takes a model, and a reference to the Ragged of the prompts that it is going to be asked."""
+        architecture = _architecture(folder)
         if self.engines is not None and architecture == self.architecture:
-            self.engines.load_folder(candidate.folder, tokens)
-        else:
-            self.close()
-            policy = self.recipe.policy.model_copy(update={"model": candidate.folder})
-            recipe = self.recipe.model_copy(update={"policy": policy})
-            max_model_tokens = recipe.prompts.max_tokens + self.settings.max_tokens
-            self.engines = RolloutPool(recipe, tokens, max_model_tokens, load_format="auto")
-            self.engines.wait_until_ready()
-            self.architecture = architecture
-        requests = [RolloutRequest(row, row, 0, greedy=True) for row in range(len(candidate.prompts))]
+            self.engines.load_folder(folder, tokens)
+            return
+        self.close()
+        policy = self.recipe.policy.model_copy(update={"model": folder})
+        recipe = self.recipe.model_copy(update={"policy": policy})
+        self.engines = RolloutPool(recipe, tokens, self.max_model_tokens, load_format="auto")
+        self.engines.wait_until_ready()
+        self.architecture = architecture
+
+    def answer(self, requests: list[RolloutRequest]) -> list[Any]:
+        """References to the shards of the loaded model's responses."""
+        assert self.engines is not None
         return [shard for shard, _ in self.engines.generate(requests, self.settings.max_tokens, ordered=True)]
 
     def close(self) -> None:
         if self.engines is not None:
             self.engines.close()
             self.engines = None
+
+
+def greedy(rows: range) -> list[RolloutRequest]:
+    return [RolloutRequest(row, row, 0, greedy=True) for row in rows]
+
+
+def answers_path(recipe: Recipe, plan: EvaluationPlan, part: str, candidate: Candidate) -> Path:
+    """Where a model's answers to one part of the prompts are kept. The name holds all that they depend on, so that what
+    is there need not be asked again: the judge's verdicts on them are worth money.
+    """
+    files = find_model("evaluate", candidate.folder)
+    weights = [str(files.folder)] if files.on_hub else [_stamp(files.folder / name) for name in sorted(files.names)]
+    prompts = [candidate.prompts.tokens[row].tolist() for row in plan.rows[part]]
+    settings = [plan.settings.max_tokens, recipe.policy.dtype]
+    if part == "mt_bench":
+        assert plan.settings.mt_bench is not None
+        rollout = recipe.rollout
+        settings += [recipe.run.seed, plan.settings.mt_bench.runs, rollout.temperature, rollout.top_p]
+        settings += [plan.asked.records[row]["turns"] for row in plan.rows[part]]
+    else:
+        settings += [recipe.reward.model_dump()]
+    digest = hashlib.sha256(json.dumps([weights, prompts, settings]).encode()).hexdigest()
+    return plan.folder / "evaluation" / part / f"{candidate.name}.{digest[:16]}.parquet"
+
+
+def _stamp(path: Path) -> list[Any]:
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def converse(recipe: Recipe, plan: EvaluationPlan, server: Server, candidate: Candidate, path: Path) -> Any:
+    """The loaded model answers both turns of every question in every run; a reference to the task that saves them."""
+    settings, rows = plan.settings.mt_bench, plan.rows["mt_bench"]
+    assert settings is not None
+    asked = [(run, row) for run in range(settings.runs) for row in rows]
+
+    def requests(turn: int) -> list[RolloutRequest]:
+        return [
+            RolloutRequest(
+                sample_id=i,
+                prompt_row=row if turn == 1 else i,
+                seed=request_seed(recipe.run.seed, f"{plan.asked.ids[row]}/{turn}", run, 0),
+                greedy=False,
+            )
+            for i, (run, row) in enumerate(asked)
+        ]
+
+    timeout_s, tokenizer = recipe.rollout.timeout_s, recipe.policy.model
+    first = server.answer(requests(1))
+    room = server.max_model_tokens - plan.settings.max_tokens
+    prompts = ray.put(candidate.prompts)
+    server.load(candidate.folder, second_turn.remote(tokenizer, candidate.template, prompts, first, room, timeout_s))
+    return save_conversations.remote(path, tokenizer, [first, server.answer(requests(2))], timeout_s)
 
 
 def _architecture(folder: str) -> dict[str, Any]:

@@ -5,20 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
 from transformers import PreTrainedConfig
 
 from c2f_ray.algorithms.logprobs import LOGIT_SETTINGS
-from c2f_ray.data.prompts import PromptSet, PromptSource
+from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
+from c2f_ray.evaluation.judge import check_judge, load_template
 from c2f_ray.evaluation.likelihood import text_windows
 from c2f_ray.evaluation.metrics import RESPONSE_METRICS
+from c2f_ray.evaluation.mt_bench import TURNS, TwoTurnSource
 from c2f_ray.functions import load_function
 from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Choose, Evaluate, FunctionReward, Perplexity, UltraRMReward
+from c2f_ray.recipe.schema import Choose, EndpointJudge, Evaluate, FunctionReward, Perplexity, UltraRMReward
 from c2f_ray.watch.metrics import read_metrics
 
 Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
@@ -31,7 +34,8 @@ class Candidate:
 
     name: str
     folder: str
-    prompts: PromptSet  # rendered with its own template; the same rows for all candidates
+    template: str  # its own, where it has one
+    prompts: PromptSet  # rendered with the template; the same rows for all candidates
     fine: bool
 
 
@@ -43,8 +47,16 @@ class EvaluationPlan:
     reward: UltraRMReward | FunctionReward
     limit: int  # the response limit of the run's last step
     candidates: list[Candidate]
+    rows: dict[str, range]  # of the prompts: `heldout`, `win_rate` and `mt_bench`
+    pair_template: Template | None  # of the question which of two answers is better
+    score_template: Template | None  # of the question how good an answer is
     windows: Ragged | None  # int32 token ids of the held-out texts
     folder: Path  # absolute, of the run
+
+    @property
+    def asked(self) -> PromptSet:
+        """The prompts, which are the same questions for all candidates."""
+        return self.candidates[0].prompts
 
     @property
     def instruct(self) -> str | None:
@@ -64,7 +76,9 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
         raise RecipeError(
             f"run.name: {folder / 'coarse'}: no coarse actor there; run `c2f-ray train` with this recipe first"
         )
-    candidates = _candidates(recipe, settings, folder)
+    candidates, rows = _candidates(recipe, settings, folder)
+    if isinstance(settings.judge, EndpointJudge):
+        check_judge(settings.judge)
     windows = _text_windows(recipe, settings.perplexity) if settings.perplexity else None
     names = [candidate.name for candidate in candidates]
     if settings.kl_to_instruct and "instruct" not in names:
@@ -74,16 +88,22 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
     columns = list(RESPONSE_METRICS)
     if settings.accuracy:
         columns += _try_grader(settings.accuracy, candidates[0].prompts)
-    columns += ["perplexity"] * bool(settings.perplexity) + ["kl_to_instruct"] * settings.kl_to_instruct
+    optional = ("perplexity", "kl_to_instruct", "win_rate", "mt_bench")
+    columns += [column for column in optional if getattr(settings, column)]
+    if settings.win_rate and settings.win_rate.against not in names:
+        raise RecipeError(
+            f"evaluate.win_rate.against: {settings.win_rate.against}: no such model; there are {', '.join(names)}"
+        )
     if settings.choose:
         _check_choose(settings.choose, columns, names)
     limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
     assert limit is not None  # it is a whole number in every step
-    return EvaluationPlan(settings, reward, int(limit), candidates, windows, folder)
+    templates = _judge_templates(settings, candidates[0].prompts, rows)
+    return EvaluationPlan(settings, reward, int(limit), candidates, rows, *templates, windows, folder)
 
 
-def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> list[Candidate]:
-    """The models, with the prompts that each is asked."""
+def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> tuple[list[Candidate], dict[str, range]]:
+    """The models, with the prompts that each is asked, and which rows of these are what."""
     best = folder / "fine" / BEST
     if best.exists() and not best.is_symlink():
         raise RecipeError(f"run.name: {best}: the link to the best fine actor goes there; move what is there away")
@@ -94,7 +114,9 @@ def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> list[Candid
     fine = {path.name: str(path) for path in sorted((folder / "fine").glob("*")) if path.is_dir() and path != best}
     vocabulary = load_tokenizer(recipe.policy.model).get_vocab()
     prompts: dict[str, PromptSet] = {}  # by template
+    rows: dict[str, range] = {}
     candidates = []
+    turns = 1 if settings.mt_bench is None else TURNS
     for name, model in (folders | fine).items():
         config = check_model("merge.instruct" if name == "instruct" else f"run.name ({name})", model)
         if load_tokenizer(model).get_vocab() != vocabulary:
@@ -102,13 +124,62 @@ def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> list[Candid
                 f"{model}: its tokenizer is not the policy's, {recipe.policy.model}; they must be the same"
             )
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "evaluate.max_tokens", settings.max_tokens)
-        check_context(config, *limits)
+        check_context(config, *limits, turns=turns)
         _check_forward(config, settings, model)
         template = _template(recipe, model)
         if template not in prompts:
-            prompts[template] = heldout_prompts(recipe, template)
-        candidates.append(Candidate(name, absolute_folder(model), prompts[template], fine=name in fine))
-    return candidates
+            prompts[template], rows = _prompts(recipe, settings, template)
+        candidates.append(Candidate(name, absolute_folder(model), template, prompts[template], fine=name in fine))
+    return candidates, rows
+
+
+def _prompts(recipe: Recipe, settings: Evaluate, template: str) -> tuple[PromptSet, dict[str, range]]:
+    """All that a model is asked, one part after the other, and where each is. Too long ones are refused, not dropped:
+    all models must be asked the same.
+    """
+    sources: dict[str, PromptSource] = {}
+    if pairs := settings.win_rate:
+        sources["win_rate"] = PromptSource(
+            key="evaluate.win_rate.prompts",
+            source=pairs.prompts,
+            split=pairs.split,
+            field=pairs.field,
+            turns=recipe.prompts.turns,
+            system=recipe.prompts.system,
+            num_prompts=pairs.num_prompts,
+            seed=recipe.run.seed,
+        )
+    if settings.mt_bench:
+        key, questions = "evaluate.mt_bench.questions", settings.mt_bench.questions
+        sources["mt_bench"] = TwoTurnSource(key, questions, system=recipe.prompts.system)
+    tokenizer = load_tokenizer(recipe.policy.model)
+    prompts = heldout_prompts(recipe, template)
+    rows = {"heldout": range(len(prompts)), "win_rate": range(0), "mt_bench": range(0)}
+    for name, source in sources.items():
+        more = build_prompt_set(source, tokenizer, template, recipe.prompts.max_tokens, too_long="refuse")
+        rows[name] = range(len(prompts), len(prompts) + len(more))
+        prompts += more
+    return prompts, rows
+
+
+def _judge_templates(
+    settings: Evaluate, asked: PromptSet, rows: dict[str, range]
+) -> tuple[Template | None, Template | None]:
+    """Those that ask for the better of two answers and for an answer's score, tried on the first of the prompts."""
+    pair = one = None
+    if settings.win_rate and settings.win_rate.template:
+        row = rows["win_rate"][0]
+        example = {"messages": asked.messages[row], "record": asked.records[row]}
+        example |= {"answer_a": "<answer a>", "answer_b": "<answer b>"}
+        shown = [asked.messages[row][-1]["content"], "<answer a>", "<answer b>"]
+        pair = load_template("evaluate.win_rate.template", settings.win_rate.template, example, shown)
+    if settings.mt_bench:
+        record = asked.records[rows["mt_bench"][0]]
+        example = {"turns": record["turns"], "reference": record["reference"], "record": record}
+        example |= {"answers": ["<answer 1>", "<answer 2>"]}
+        shown = [*record["turns"], "<answer 1>", "<answer 2>"]
+        one = load_template("evaluate.mt_bench.template", settings.mt_bench.template, example, shown)
+    return pair, one
 
 
 def _check_forward(config: PreTrainedConfig, settings: Evaluate, model: str) -> None:

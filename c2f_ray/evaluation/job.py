@@ -13,13 +13,15 @@ from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.texts import text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Float32
-from c2f_ray.evaluation.answers import Server, truncate
+from c2f_ray.evaluation.answers import Server, answers_path, converse, greedy, truncate
 from c2f_ray.evaluation.check import BEST, EvaluationPlan, check_evaluate, load_grader, record_of
 from c2f_ray.evaluation.choosing import Choice, choose
+from c2f_ray.evaluation.judging import mt_bench, win_rates
 from c2f_ray.evaluation.likelihood import Forward, likelihoods
 from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.preflight import with_absolute_folders
 from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.schema import EndpointJudge
 from c2f_ray.reward.pool import RewardPool
 from c2f_ray.session import evaluate_needs, ray_session
 from c2f_ray.waiting import in_turn, wait_for
@@ -42,6 +44,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
             progress.stage("measuring likelihoods")
             for name, found in _likelihoods(recipe, plan, shards):
                 models[name]["metrics"] |= found
+        judged = _judge(recipe, plan, models, progress)
     choice = Choice(None, {})
     if plan.settings.choose:
         metrics = {name: model["metrics"] for name, model in models.items()}
@@ -51,6 +54,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "models": [{"name": name, **model} for name, model in models.items()],
         "best": choice.best,
         "verdicts": choice.verdicts,
+        **judged,
     }
     aside = plan.folder / "evaluation.json.partial"
     aside.write_text(json.dumps(result, indent=1))
@@ -71,31 +75,44 @@ def link_best(fine: Path, best: str | None) -> None:
 
 
 def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> tuple[Models, dict[str, list[Any]]]:
-    """What every model's greedy responses to the held-out prompts are worth, and references to them by model."""
+    """What every model's greedy responses to the held-out prompts are worth, and references to them by model.
+
+    Its answers to what it is judged by are saved.
+    """
     settings, models = plan.settings, Models()
     responses: dict[str, list[Any]] = {}
+    timeout_s = plan.reward.timeout_s
     with ExitStack() as stack:
         progress.stage("starting the actors")
-        asked = ray.put(plan.candidates[0].prompts)  # the same questions for all candidates
-        rewards = stack.enter_context(closing(RewardPool(plan.reward, recipe.cluster, recipe.policy.model, asked)))
+        pool = RewardPool(plan.reward, recipe.cluster, recipe.policy.model, ray.put(plan.asked))
+        rewards = stack.enter_context(closing(pool))
         server = stack.enter_context(closing(Server(recipe, settings)))
         rewards.wait_until_ready()
+
+        def graded(name: str, path: Path, prompts: Any, shards: list[Any], grader: str | None) -> dict[str, Any]:
+            scores = rewards.collect([rewards.submit(shard) for shard in shards])
+            task = grade.remote(path, recipe.policy.model, prompts, shards, scores, grader, timeout_s)
+            return wait_for(task, timeout_s, f"the task that grades {name}")
+
         for number, candidate in enumerate(plan.candidates, start=1):
             progress.stage(f"evaluating {candidate.name}")
-            shards = responses[candidate.name] = server.answer(candidate)
-            graded = {candidate.name: shards}
+            prompts = ray.put(candidate.prompts)
+            server.load(candidate.folder, ray.put(candidate.prompts.tokens))
+            shards = server.answer(greedy(plan.rows["heldout"]))
+            variants = {candidate.name: shards}
             if candidate.name == "coarse" and plan.limit < settings.max_tokens:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
-                graded[f"coarse@{plan.limit}"] = [truncate.remote(shard, plan.limit) for shard in shards]
-            for name, its_shards in graded.items():
-                scores = rewards.collect([rewards.submit(shard) for shard in its_shards])
-                path, prompts = plan.folder / "evaluation" / f"{name}.parquet", ray.put(candidate.prompts)
-                timeout_s = plan.reward.timeout_s
-                task = grade.remote(
-                    path, recipe.policy.model, prompts, its_shards, scores, settings.accuracy, timeout_s
-                )
-                metrics = wait_for(task, timeout_s, f"the task that grades {name}")
+                variants[f"coarse@{plan.limit}"] = [truncate.remote(shard, plan.limit) for shard in shards]
+            for name, its_shards in variants.items():
+                path = plan.folder / "evaluation" / f"{name}.parquet"
+                metrics = graded(name, path, prompts, its_shards, settings.accuracy)
                 models[name] = {"folder": candidate.folder, "metrics": metrics}
+            responses[candidate.name] = shards
+            if settings.win_rate and not (path := answers_path(recipe, plan, "win_rate", candidate)).exists():
+                graded(candidate.name, path, prompts, server.answer(greedy(plan.rows["win_rate"])), None)
+            if settings.mt_bench and not (path := answers_path(recipe, plan, "mt_bench", candidate)).exists():
+                saved = converse(recipe, plan, server, candidate, path)
+                wait_for(saved, timeout_s, f"the task that saves the answers of {candidate.name}")
             progress.step({"step": number, "reward/mean": models[candidate.name]["metrics"]["reward"]})
     return models, responses
 
@@ -114,6 +131,29 @@ def _likelihoods(
         for model in plan.candidates
     }
     return in_turn(starts, recipe.rollout.actors, timeout_s, "the forwards of")
+
+
+def _judge(recipe: Recipe, plan: EvaluationPlan, models: Models, progress: Progress) -> dict[str, Any]:
+    """The judge's figures by model; the one that sums them up joins the model's metrics."""
+    settings, judged = plan.settings, dict[str, Any]()
+
+    def answers(part: str) -> dict[str, Path]:
+        return {model.name: answers_path(recipe, plan, part, model) for model in plan.candidates}
+
+    judge = settings.judge.model if isinstance(settings.judge, EndpointJudge) else "the recipe's reward"
+    if settings.win_rate:
+        progress.stage("comparing answers")
+        found = win_rates(plan, answers("win_rate"), recipe.run.seed)
+        judged["win_rates"] = {"against": settings.win_rate.against, "judge": judge, "models": found}
+        for name, row in found.items():
+            models[name]["metrics"]["win_rate"] = row["win_rate"]
+    if settings.mt_bench:
+        progress.stage("scoring answers")
+        found = mt_bench(plan, answers("mt_bench"))
+        judged["mt_bench"] = {"judge": judge, "runs": settings.mt_bench.runs, "models": found}
+        for name, row in found.items():
+            models[name]["metrics"]["mt_bench"] = row["mean"]
+    return judged
 
 
 @ray.remote(num_cpus=0)

@@ -29,6 +29,8 @@ COLUMNS = [
     ("repeated_lines", "repeated lines", "{:.1%}"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("kl_to_instruct", "KL to instruct", "{:.4f}"),
+    ("win_rate", "win rate", "{:.1%}"),
+    ("mt_bench", "MT-Bench", "{:.2f}"),
 ]
 NUM_PROMPTS = 6  # shown with their responses
 MAX_SHOWN = 6000  # characters of one response
@@ -120,7 +122,57 @@ def _table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "caption": caption,
         "verdicts": evaluation.get("verdicts", {}),
+        "judged": [table(evaluation) for key, table in JUDGED.items() if key in evaluation],
     }
+
+
+def _win_rates(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Every model's answers beside those of one of them."""
+    columns = [
+        ("win_rate", "win rate", "{:.1%}"),
+        ("low", "from", "{:.1%}"),
+        ("high", "to", "{:.1%}"),
+        *((key, key, "{:d}") for key in ("wins", "ties", "losses")),
+        ("left_out", "left out", "{:d}"),
+        ("characters", "characters", "{:.0f}"),
+        ("characters_against", "of the other", "{:.0f}"),
+    ]
+    found = evaluation["win_rates"]
+    caption = (
+        f"Against {found['against']}, by {found['judge']}: a tie is half a win; from and to bound the 95% bootstrap "
+        "interval; characters are an answer's mean length; pairs with a verdict that was none are left out"
+    )
+    return _judged_table(found["models"], columns, caption)
+
+
+def _mt_bench(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of two-turn questions, by category."""
+    found = evaluation["mt_bench"]
+    rows = {
+        name: {**row, **row["categories"], "first": row["turns"][0], "second": row["turns"][1]}
+        for name, row in found["models"].items()
+    }
+    categories = list(next(iter(found["models"].values()))["categories"])
+    columns = [("mean", "mean", "{:.2f}"), ("spread", "spread", "{:.2f}")]
+    columns += [(key, title, "{:.2f}") for key, title in (("first", "first turn"), ("second", "second turn"))]
+    columns += [*((category, category, "{:.2f}") for category in categories), ("left_out", "left out", "{:d}")]
+    caption = (
+        f"Scores from 1 to 10 by {found['judge']} over {found['runs']} runs, and the standard deviation between these; "
+        "verdicts that were none are left out"
+    )
+    return _judged_table(rows, columns, caption)
+
+
+JUDGED = {"win_rates": _win_rates, "mt_bench": _mt_bench}
+
+
+def _judged_table(
+    models: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, str, str]], caption: str
+) -> dict[str, Any]:
+    rows = [
+        {"name": name, "cells": [_cell(row[key], form) for key, _, form in columns]} for name, row in models.items()
+    ]
+    return {"titles": [title for _, title, _ in columns], "rows": rows, "caption": caption}
 
 
 def _diagnosis(run_folder: Path) -> dict[str, Any]:
