@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from transformers import AutoConfig
 
-from c2f_ray.data.model_folder import find_model
+from c2f_ray.data.model_folder import model_stamp
 from c2f_ray.data.trajectory import Ragged, Trajectories
 from c2f_ray.driver import request_seed
 from c2f_ray.evaluation.check import Candidate, EvaluationPlan
@@ -63,8 +63,6 @@ def answers_path(recipe: Recipe, plan: EvaluationPlan, part: str, candidate: Can
     """Where a model's answers to one part of the prompts are kept. The name holds all that they depend on, so that what
     is there need not be asked again: the judge's verdicts on them are worth money.
     """
-    files = find_model("evaluate", candidate.folder)
-    weights = [str(files.folder)] if files.on_hub else [_stamp(files.folder / name) for name in sorted(files.names)]
     prompts = [candidate.prompts.tokens[row].tolist() for row in plan.rows[part]]
     settings = [plan.settings.max_tokens, recipe.policy.dtype]
     if part == "mt_bench":
@@ -74,12 +72,13 @@ def answers_path(recipe: Recipe, plan: EvaluationPlan, part: str, candidate: Can
         settings += [plan.asked.records[row]["turns"] for row in plan.rows[part]]
     else:
         settings += [recipe.reward.model_dump()]
-    digest = hashlib.sha256(json.dumps([weights, prompts, settings]).encode()).hexdigest()
-    return plan.folder / "evaluation" / part / f"{candidate.name}.{digest[:16]}.parquet"
+    return plan.folder / "evaluation" / part / f"{kept_name(candidate, prompts, settings)}.parquet"
 
 
-def _stamp(path: Path) -> list[Any]:
-    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+def kept_name(candidate: Candidate, *settings: Any) -> str:
+    """The model's name, and a digest of the model and of what else its results depend on."""
+    digest = hashlib.sha256(json.dumps([model_stamp(candidate.folder), *settings]).encode()).hexdigest()
+    return f"{candidate.name}.{digest[:16]}"
 
 
 def converse(recipe: Recipe, plan: EvaluationPlan, server: Server, candidate: Candidate, path: Path) -> Any:

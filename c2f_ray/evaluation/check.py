@@ -18,6 +18,7 @@ from c2f_ray.evaluation.judge import check_judge, load_template
 from c2f_ray.evaluation.likelihood import text_windows
 from c2f_ray.evaluation.metrics import RESPONSE_METRICS
 from c2f_ray.evaluation.mt_bench import TURNS, TwoTurnSource
+from c2f_ray.evaluation.tasks import MEAN, check_tasks, task_column
 from c2f_ray.functions import load_function
 from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
 from c2f_ray.recipe import Recipe
@@ -90,6 +91,9 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
         columns += _try_grader(settings.accuracy, candidates[0].prompts)
     optional = ("perplexity", "kl_to_instruct", "win_rate", "mt_bench")
     columns += [column for column in optional if getattr(settings, column)]
+    if settings.lm_eval:
+        check_tasks(settings.lm_eval)
+        columns += [MEAN, *(task_column(task) for task in settings.lm_eval.tasks)]
     if settings.win_rate and settings.win_rate.against not in names:
         raise RecipeError(
             f"evaluate.win_rate.against: {settings.win_rate.against}: no such model; there are {', '.join(names)}"

@@ -13,16 +13,18 @@ from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.texts import text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Float32
-from c2f_ray.evaluation.answers import Server, answers_path, converse, greedy, truncate
-from c2f_ray.evaluation.check import BEST, EvaluationPlan, check_evaluate, load_grader, record_of
+from c2f_ray.evaluation.answers import Server, answers_path, converse, greedy, kept_name, truncate
+from c2f_ray.evaluation.check import BEST, Candidate, EvaluationPlan, check_evaluate, load_grader, record_of
 from c2f_ray.evaluation.choosing import Choice, choose
 from c2f_ray.evaluation.judging import mt_bench, win_rates
 from c2f_ray.evaluation.likelihood import Forward, likelihoods
 from c2f_ray.evaluation.metrics import mean, response_metrics
+from c2f_ray.evaluation.tasks import run_tasks, task_metrics, tasks_stamp
 from c2f_ray.preflight import with_absolute_folders
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import EndpointJudge
+from c2f_ray.recipe.schema import EndpointJudge, LmEval
 from c2f_ray.reward.pool import RewardPool
+from c2f_ray.rollout.engine import engine_env
 from c2f_ray.session import evaluate_needs, ray_session
 from c2f_ray.waiting import in_turn, wait_for
 from c2f_ray.watch.progress import Progress
@@ -43,6 +45,10 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         if plan.settings.perplexity or plan.settings.kl_to_instruct:
             progress.stage("measuring likelihoods")
             for name, found in _likelihoods(recipe, plan, shards):
+                models[name]["metrics"] |= found
+        if plan.settings.lm_eval:
+            progress.stage("running general tasks")
+            for name, found in general_tasks(recipe, plan.settings.lm_eval, plan.candidates, plan.folder):
                 models[name]["metrics"] |= found
         judged = _judge(recipe, plan, models, progress)
     choice = Choice(None, {})
@@ -121,9 +127,8 @@ def _likelihoods(
     recipe: Recipe, plan: EvaluationPlan, shards: dict[str, list[Any]]
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Perplexity and KL of every model, on the GPUs or the CPUs that the engines have left."""
-    gpus, timeout_s = recipe.rollout.gpus_per_actor, plan.settings.timeout_s
-    task: Any = ray.remote(likelihoods).options(num_gpus=gpus, num_cpus=0 if gpus else 1)
-    forward = Forward(recipe.policy.dtype, gpus, recipe.learner.tokens_per_microbatch)
+    timeout_s = plan.settings.timeout_s
+    task, forward = _task(likelihoods, recipe), _forward(recipe)
     instruct = plan.instruct if plan.settings.kl_to_instruct else None
     windows = ray.put(plan.windows)
     starts = {
@@ -131,6 +136,32 @@ def _likelihoods(
         for model in plan.candidates
     }
     return in_turn(starts, recipe.rollout.actors, timeout_s, "the forwards of")
+
+
+def general_tasks(
+    recipe: Recipe, settings: LmEval, candidates: list[Candidate], folder: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The metrics of lm-eval's tasks of every model, on the GPUs or the CPUs that the engines have left."""
+    task, forward, memory = _task(run_tasks, recipe), _forward(recipe), recipe.rollout.memory
+    kept = folder / "evaluation" / "tasks"
+    stamp = [recipe.policy.dtype, *tasks_stamp(settings)]
+    starts = {
+        model.name: partial(task.remote, model.folder, forward, memory, settings, kept / kept_name(model, stamp))
+        for model in candidates
+    }
+    for name, found in in_turn(starts, recipe.rollout.actors, settings.timeout_s, "the general tasks of"):
+        yield name, task_metrics(settings, found)
+
+
+def _task(function: Any, recipe: Recipe) -> Any:
+    """The function as a Ray task that takes what an engine took."""
+    gpus = recipe.rollout.gpus_per_actor
+    env = {"env_vars": engine_env(gpus)} if gpus else None
+    return ray.remote(function).options(num_gpus=gpus, num_cpus=0 if gpus else 1, runtime_env=env)
+
+
+def _forward(recipe: Recipe) -> Forward:
+    return Forward(recipe.policy.dtype, recipe.rollout.gpus_per_actor, recipe.learner.tokens_per_microbatch)
 
 
 def _judge(recipe: Recipe, plan: EvaluationPlan, models: Models, progress: Progress) -> dict[str, Any]:

@@ -405,6 +405,23 @@ class Perplexity(Section):
     window_tokens: Annotated[int, Field(ge=2)] = 2048  # longer texts are cut, and each piece begins anew
 
 
+class GeneralTask(Section):
+    name: str  # of lm-eval, or of a task in include_path
+    few_shot: Annotated[int, Field(ge=0)] = 0  # examples before each question
+    metric: str = "acc"  # as lm-eval names it, such as acc_norm; with a filter: exact_match,strict-match
+
+
+class LmEval(Section):
+    """General tasks by EleutherAI's lm-eval, which the extra `tasks` installs."""
+
+    tasks: Annotated[list[GeneralTask], Field(min_length=1)]
+    include_path: str | None = None  # a folder of tasks in lm-eval's format, beside its own
+    limit: Count | None = None  # questions of each task; all when not given
+    chat_template: bool = False  # ask in the model's own template
+    batch_size: Count = 16  # on the CPU; on GPUs vLLM batches
+    timeout_s: Positive = 86400  # of all tasks of one model
+
+
 class EndpointJudge(Section):
     kind: Literal["endpoint"]
     url: str  # of an OpenAI-compatible API, such as https://api.openai.com/v1
@@ -448,6 +465,7 @@ class Evaluate(Section):
     accuracy: FunctionPath | None = None  # module:name of a grader of one response
     perplexity: Perplexity | None = None  # of held-out texts
     kl_to_instruct: bool = False  # nats per token of each model's own responses, over the whole vocabulary
+    lm_eval: LmEval | None = None
     judge: EndpointJudge | RewardJudge | None = Field(default=None, discriminator="kind")
     win_rate: WinRate | None = None
     mt_bench: MTBench | None = None

@@ -31,6 +31,7 @@ COLUMNS = [
     ("kl_to_instruct", "KL to instruct", "{:.4f}"),
     ("win_rate", "win rate", "{:.1%}"),
     ("mt_bench", "MT-Bench", "{:.2f}"),
+    ("tasks", "tasks", "{:.3f}"),
 ]
 NUM_PROMPTS = 6  # shown with their responses
 MAX_SHOWN = 6000  # characters of one response
@@ -105,7 +106,7 @@ def _table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: None for model in models for key, value in model["metrics"].items() if value is not None}
     columns = [entry for entry in COLUMNS if entry[0] in found]
     listed = {key for key, _, _ in COLUMNS}
-    columns += [(key, key, "{:.3f}") for key in found if key not in listed]
+    columns += [(key, key.removeprefix("task/"), "{:.3f}") for key in found if key not in listed]
     rows = [
         {
             "name": model["name"],
