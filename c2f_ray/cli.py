@@ -62,6 +62,32 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def score(
+    recipe: RecipePath,
+    source: Annotated[Path, typer.Option("--in", help="A .jsonl or .parquet file of prompts with responses or pairs.")],
+    out: Annotated[Path, typer.Option("--out", help="A .jsonl file; one that is there is gone on with.")],
+    overrides: Overrides = None,
+) -> None:
+    """Score a file of responses, or of preference pairs, by the recipe's reward."""
+    loaded = _load(recipe, overrides)
+    from c2f_ray.scoring import score
+
+    found = score(loaded, source, out)
+    print(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+
+
+@app.command("convert-reward")
+def convert_reward(
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="A folder with UltraRM's config.json and .bin files.")],
+) -> None:
+    """Write a published UltraRM's .bin files as safetensors, beside them."""
+    from c2f_ray.reward.convert import convert_reward
+
+    for path in convert_reward(folder):
+        print(path)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")],
     beside: Annotated[list[Path] | None, typer.Argument(metavar="[OTHER ...]", help="Runs to show beside it.")] = None,

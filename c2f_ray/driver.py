@@ -24,14 +24,14 @@ from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
 from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
 from c2f_ray.data.prompts import draw
-from c2f_ray.data.texts import save_trajectories
-from c2f_ray.data.trajectory import Float32, TrajectoryInfo
-from c2f_ray.errors import C2FError, DeadlineError, LearnerLostError, NonFiniteUpdateError
+from c2f_ray.data.texts import save_trajectories, unscored_path
+from c2f_ray.data.trajectory import Bool, Float32, TrajectoryInfo
+from c2f_ray.errors import BadRewardError, C2FError, DeadlineError, LearnerLostError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearner
-from c2f_ray.reward.pool import RewardPool
+from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import ray_session, train_needs
 from c2f_ray.waiting import wait_for
@@ -43,12 +43,14 @@ MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; e
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A step's trajectories, scored: `info` and `rewards` have one entry for each, by sample id."""
+    """A step's trajectories, scored: `info` and `rewards` have one entry for each that has a reward, by sample id."""
 
     shards: list[Any]  # references, in order of arrival
-    shard_rewards: list[Float32]  # of each shard
+    scored: list[ScoredShard]  # of each shard
     info: TrajectoryInfo
     rewards: Float32
+    parts: dict[str, float]  # mean of each reward of a sum, over the sampled ones
+    dropped: int  # trajectories without a reward, or without the greedy one to compare it with
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -117,7 +119,7 @@ class Training:
             closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
         )
         self.rewards = stack.enter_context(
-            closing(RewardPool(checked.reward, recipe.cluster, recipe.policy.model, self.prompts))
+            closing(Rewards(recipe.reward, recipe.cluster, recipe.policy.model, self.prompts, recipe.run.deterministic))
         )
         self.learner = LearnerGroup(recipe, checked.total_steps)
         stack.callback(lambda: self.learner.close())  # whichever it is then
@@ -233,6 +235,8 @@ class Training:
             "prompts/dropped": self.prompts_dropped,
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
+            "reward/dropped": rollouts.dropped,
+            **{f"rewards/{name}": value for name, value in rollouts.parts.items()},
             "length/limit": limit,
             "length/mean": float(lengths.mean()),
             "length/max": int(lengths.max()),
@@ -325,21 +329,41 @@ class Training:
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
         with self.timed("rollout", progress):
-            scorings = []
+            asked = []
             ordered = self.recipe.run.deterministic
             for shard, info in self.rollouts.generate(requests, limit, ordered, self.revive):
                 shards.append(shard)
                 infos.append(info)
-                scorings.append(self.rewards.submit(shard))
+                asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
         with self.timed("reward", progress):
-            shard_rewards = self.rewards.collect(scorings)
-        rewards = np.concatenate(shard_rewards)
+            scored = self.rewards.collect(asked)
         info = TrajectoryInfo.concat(infos)
         order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
-        info, rewards = info.select(order), rewards[order]
-        if info.sample_id.tolist() != [request.sample_id for request in requests]:
+        if info.sample_id[order].tolist() != [request.sample_id for request in requests]:
             raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
-        return Rollouts(shards, shard_rewards, info, rewards)
+        rewards = np.concatenate([shard.rewards for shard in scored])
+        good = order[with_reward(info, rewards, self.greedy_rollouts)[order]]
+        sampled = good[~info.greedy[good]]
+        parts = {
+            name: float(np.concatenate([shard.parts[name] for shard in scored])[sampled].mean())
+            for name in scored[0].parts
+        }
+        rollouts = Rollouts(shards, scored, info.select(good), rewards[good], parts, len(info) - len(good))
+        self.refuse_unscored(rollouts)
+        return rollouts
+
+    def refuse_unscored(self, rollouts: Rollouts) -> None:
+        """Ends the run where the recipe does not go on without samples that got no reward, or where none did."""
+        causes = [(shard, cause) for shard in rollouts.scored for cause in shard.causes.values()]
+        if len(rollouts.info) and all(shard.drop for shard, _ in causes):
+            return
+        path = self.folder / "trajectories" / f"step_{self.state.step + 1:06d}.parquet"
+        self.save(rollouts, path)
+        self.wait_for_saved_trajectories(0)
+        raise BadRewardError(
+            f"{len(causes)} responses of step {self.state.step + 1} got no reward; the first: {causes[0][1]}; they are "
+            f"in {unscored_path(path)}; mend the reward, or set its on_failure to drop"
+        )
 
     def checkpoint(self) -> None:
         """Writes one; all that belongs to its steps is on disk before."""
@@ -349,7 +373,7 @@ class Training:
         prune_checkpoints(self.folder, keep.keep_last, keep.keep_best)
 
     def save(self, rollouts: Rollouts, path: Path) -> None:
-        """Starts to write the trajectories of the step that is under way."""
+        """Starts to write trajectories of the step that is under way."""
         self.wait_for_saved_trajectories(MAX_UNSAVED)
         task = save_trajectories.remote(
             path.absolute(),
@@ -357,7 +381,8 @@ class Training:
             self.recipe.policy.model,
             self.prompts,
             rollouts.shards,
-            rollouts.shard_rewards,
+            [shard.columns() for shard in rollouts.scored],
+            [shard.causes for shard in rollouts.scored],
             self.recipe.rollout.timeout_s,
         )
         self.saving.append(task)
@@ -373,6 +398,16 @@ class Training:
         began = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - began
+
+
+def with_reward(info: TrajectoryInfo, rewards: Float32, greedy_rollouts: bool) -> Bool:
+    """Which trajectories [N] have a reward and, where there are greedy rollouts, one to compare it with."""
+    good = np.isfinite(rewards)
+    if greedy_rollouts:
+        sampled = np.unique(info.prompt_row[good & ~info.greedy])
+        greedy = np.unique(info.prompt_row[good & info.greedy])
+        good &= np.isin(info.prompt_row, np.intersect1d(sampled, greedy))
+    return good
 
 
 def first_state(recipe: Recipe) -> RunState:

@@ -19,10 +19,6 @@ class RecipeError(C2FError, ValueError):
         return "\n".join(self.problems)
 
 
-class NotBuiltError(RecipeError, NotImplementedError):
-    """A recipe is valid, but names something that this version cannot run yet."""
-
-
 class DeadlineError(C2FError, TimeoutError):
     """A wait reached its deadline. The text names what was awaited and for how long."""
 

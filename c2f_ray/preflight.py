@@ -17,17 +17,23 @@ from c2f_ray.data.model_folder import absolute_folder, check_model
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set, prompt_groups
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.errors import NotBuiltError, RecipeError
+from c2f_ray.errors import RecipeError
 from c2f_ray.functions import load_function
 from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.recipe.schema import (
     FunctionReward,
+    LogRatioReward,
+    OneReward,
     PPOLearner,
     RejectionSamplingLearner,
     Reward,
+    SumReward,
     UltraRMReward,
     critic_model,
+    reward_parts,
 )
+from c2f_ray.reward.log_ratio import encode
+from c2f_ray.reward.samples import Sample
 from c2f_ray.reward.ultrarm import check_ultrarm_folder
 
 T = TypeVar("T")
@@ -41,7 +47,6 @@ class Checked:
     groups: list[list[int]]  # rows of the prompts; steps draw from each group in turn
     heldout: PromptSet | None  # what rejection sampling judges its rounds by
     template: str  # that renders them
-    reward: UltraRMReward | FunctionReward
     total_steps: int
     policy_config: dict[str, Any]  # what the policy's architecture is
     resume: Checkpoint | None  # to go on from
@@ -59,13 +64,11 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     def attempt(check: Callable[..., T], *args: Any) -> T | None:
         try:
             return check(*args)
-        except NotBuiltError:
-            raise
         except RecipeError as error:
             problems.extend(error.problems)
             return None
 
-    reward = attempt(check_reward, recipe.reward)
+    attempt(check_reward, recipe.reward)
     config = attempt(check_model, "policy.model", recipe.policy.model)
     template = attempt(training_template, recipe) if config else None
     prompts = attempt(training_prompts, recipe, template) if template else None
@@ -84,7 +87,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     attempt(check_run_folder, run_folder(recipe), fresh)
     architecture = architecture_of(config) if config else {}
     continued = attempt(check_continued, recipe, architecture) if config and not fresh and not problems else (None, [])
-    if problems or prompts is None or template is None or reward is None or continued is None or groups is None:
+    if problems or prompts is None or template is None or continued is None or groups is None:
         raise RecipeError(*problems)
     total_steps = recipe.run.steps
     if total_steps is None:
@@ -95,7 +98,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             f"learner.critic.warmup_steps: {recipe.learner.critic.warmup_steps} of the run's {total_steps} steps leave "
             "none for the policy; lower it, or train longer"
         )
-    return Checked(prompts, groups, heldout, template, reward, total_steps, architecture, *continued)
+    return Checked(prompts, groups, heldout, template, total_steps, architecture, *continued)
 
 
 def check_minibatches(recipe: Recipe, learner: PPOLearner) -> None:
@@ -149,21 +152,55 @@ def check_lora(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
 
 
-def check_reward(reward: Reward) -> UltraRMReward | FunctionReward:
+def check_reward(reward: Reward) -> None:
+    """Raises RecipeError with the problems of all rewards together."""
+    problems: list[str] = []
+    for name, part in reward_parts(reward).items():
+        key = f"reward.parts.{name}.reward" if isinstance(reward, SumReward) else "reward"
+        try:
+            check_one_reward(key, part.reward)
+        except RecipeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise RecipeError(*problems)
+
+
+def check_one_reward(key: str, reward: UltraRMReward | LogRatioReward | FunctionReward) -> None:
     if isinstance(reward, FunctionReward):
-        load_function("reward.function", reward.function)
-        return reward
-    if not isinstance(reward, UltraRMReward):
-        raise NotBuiltError(f"reward.kind: {reward.kind!r} cannot be run yet; use 'ultrarm' or 'function'")
-    config = check_model("reward.model", reward.model)
-    context = getattr(config, "max_position_embeddings", reward.max_tokens)
-    if reward.max_tokens > context:
+        load_function(f"{key}.function", reward.function)
+        return
+    named = ("model",) if isinstance(reward, UltraRMReward) else ("policy_model", "reference_model")
+    for field in named:
+        model = getattr(reward, field)
+        config = check_model(f"{key}.{field}", model)
+        context = getattr(config, "max_position_embeddings", reward.max_tokens)
+        # A log ratio's engine generates one token, which nobody reads.
+        most = context if isinstance(reward, UltraRMReward) else context - 1
+        if reward.max_tokens > most:
+            raise RecipeError(
+                f"{key}.max_tokens: {reward.max_tokens} is beyond the context of {model}, which has room for {most}; "
+                "lower it"
+            )
+    if isinstance(reward, LogRatioReward):
+        check_pair(key, reward)
+    elif Path(reward.model).is_dir() and (wrong := check_ultrarm_folder(Path(reward.model))):
+        raise RecipeError(f"{key}.model: {reward.model} {wrong}")
+
+
+def check_pair(key: str, reward: LogRatioReward) -> None:
+    """The same token ids go to both models, rendered by the policy model's template."""
+    tokenizer = load_tokenizer(reward.policy_model)
+    if tokenizer.get_vocab() != load_tokenizer(reward.reference_model).get_vocab():
         raise RecipeError(
-            f"reward.max_tokens: {reward.max_tokens} is beyond the reward model's context of {context}; lower it"
+            f"{key}.reference_model: {reward.reference_model} has another vocabulary than {reward.policy_model}; a log "
+            "ratio compares the probabilities of the same tokens"
         )
-    if Path(reward.model).is_dir() and (wrong := check_ultrarm_folder(Path(reward.model))):
-        raise RecipeError(f"reward.model: {reward.model} {wrong}")
-    return reward
+    template = chat_template(reward.chat_template, tokenizer, f"{key}.chat_template")
+    sample = Sample([{"role": "user", "content": "question"}], "answer", finished=True, record={})
+    try:
+        encode(reward, tokenizer, template, sample)
+    except Exception as error:  # the template's own, and jinja's
+        raise RecipeError(f"{key}.chat_template: it cannot render an assistant's message: {error}") from None
 
 
 def check_run_folder(folder: Path, fresh: bool) -> None:
@@ -280,14 +317,25 @@ def heldout_prompts(recipe: Recipe, template: str) -> PromptSet:
 def with_absolute_folders(recipe: Recipe) -> Recipe:
     """The recipe with its model folders as absolute paths: an actor's working directory need not be the driver's."""
     policy = recipe.policy.model_copy(update={"model": absolute_folder(recipe.policy.model)})
-    reward = recipe.reward
-    if isinstance(reward, UltraRMReward):
-        reward = reward.model_copy(update={"model": absolute_folder(reward.model)})
+    reward: Reward = recipe.reward
+    if isinstance(reward, SumReward):
+        parts = {
+            name: part.model_copy(update={"reward": _with_absolute_models(part.reward)})
+            for name, part in reward.parts.items()
+        }
+        reward = reward.model_copy(update={"parts": parts})
+    else:
+        reward = _with_absolute_models(reward)
     learner = recipe.learner
     if isinstance(learner, PPOLearner) and learner.critic.model not in ("policy", "reward"):
         critic = learner.critic.model_copy(update={"model": absolute_folder(learner.critic.model)})
         learner = learner.model_copy(update={"critic": critic})
     return recipe.model_copy(update={"policy": policy, "reward": reward, "learner": learner})
+
+
+def _with_absolute_models(reward: OneReward) -> OneReward:
+    fields = [field for field in ("model", "policy_model", "reference_model") if hasattr(reward, field)]
+    return reward.model_copy(update={field: absolute_folder(getattr(reward, field)) for field in fields})
 
 
 def check_context(

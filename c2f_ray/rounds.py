@@ -69,6 +69,7 @@ class Rounds(Training):
         rows = range(self.num_prompts, len(self.prompt_ids))
         rollouts = self.roll_out(self.requests([(row, 0) for row in rows]), self.state.length.tokens, progress)
         self.seconds = seconds
+        self.save(rollouts, self.folder / "trajectories" / f"heldout_{self.state.step:06d}.parquet")
         best = best_of_prompt(rollouts.info.prompt_row, rollouts.rewards, [self.recipe.run.seed])
         return {
             "heldout/reward": float(rollouts.rewards.mean()),

@@ -11,7 +11,8 @@ import ray
 from c2f_ray.errors import RecipeError
 from c2f_ray.preflight import Needs, check_resources
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import FunctionReward
+from c2f_ray.recipe.schema import reward_parts
+from c2f_ray.reward.rewards import scorers
 
 SPARE_CPUS = 2  # for tasks: merging, and writing trajectories
 
@@ -25,10 +26,20 @@ def evaluate_needs(recipe: Recipe) -> Needs:
     return _needs(_inference(recipe))
 
 
+def score_needs(recipe: Recipe) -> Needs:
+    return _needs(_rewards(recipe))
+
+
 def _inference(recipe: Recipe) -> list[tuple[int, int]]:
-    rollout, reward = recipe.rollout, recipe.reward
-    gpus = 0 if isinstance(reward, FunctionReward) else reward.gpus_per_worker
-    return [(rollout.actors, rollout.gpus_per_actor), (reward.workers, gpus)]
+    return [(recipe.rollout.actors, recipe.rollout.gpus_per_actor), *_rewards(recipe)]
+
+
+def _rewards(recipe: Recipe) -> list[tuple[int, int]]:
+    return [
+        (part.reward.workers, scorer.gpus)
+        for name, part in reward_parts(recipe.reward).items()
+        for _, _, scorer in scorers(name, part.reward)
+    ]
 
 
 def _needs(groups: list[tuple[int, int]]) -> Needs:

@@ -10,30 +10,37 @@ from transformers import PreTrainedTokenizerBase
 
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.tokenizer import decode, load_tokenizer
-from c2f_ray.data.trajectory import Float32, Trajectories
+from c2f_ray.data.trajectory import Trajectories
 from c2f_ray.waiting import wait_for
+
+Columns = dict[str, list[float]]  # of the rows of one shard, by name
 
 
 def text_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, shards: list[Trajectories], rewards: list[Float32]
+    tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, shards: list[Trajectories], columns: list[Columns]
 ) -> list[dict[str, Any]]:
-    """One row for each trajectory, by sample id."""
+    """One row for each trajectory, by sample id; ``columns`` are what else is known of a shard's rows."""
     rows = [
         {
             "sample_id": int(shard.info.sample_id[i]),
             "prompt_id": prompts.ids[shard.info.prompt_row[i]],
             "greedy": bool(shard.info.greedy[i]),
             "finished": bool(shard.info.finished[i]),
-            "reward": float(reward[i]),
+            **{name: value[i] for name, value in more.items()},
             "weight_version": int(shard.info.weight_version[i]),
             "prompt": decode(tokenizer, shard.prompt[i], special=True),
             "response": decode(tokenizer, shard.response[i], special=False),
             "response_tokens": int(shard.info.response_tokens[i]),
         }
-        for shard, reward in zip(shards, rewards, strict=True)
+        for shard, more in zip(shards, columns, strict=True)
         for i in range(len(shard))
     ]
     return sorted(rows, key=lambda row: row["sample_id"])
+
+
+def unscored_path(path: Path) -> Path:
+    """Where the trajectories of the file at ``path`` that have no reward are, with the causes."""
+    return path.parents[1] / "aside" / f"unscored_{path.name}"
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -51,10 +58,22 @@ def save_trajectories(
     tokenizer: str,
     prompts: PromptSet,
     shards: list[Any],
-    rewards: list[Float32],
+    columns: list[Columns],
+    causes: list[dict[int, str]],
     timeout_s: float,
 ) -> None:
-    """Writes a step's trajectories; `shards` are object references."""
+    """Writes a step's trajectories; those that no reward came for once more, aside, with the cause.
+
+    `shards` are object references; ``causes`` tells, for each, why a row has no reward.
+    """
     shards = wait_for(shards, timeout_s, f"the trajectories of step {step}")
-    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
-    write_rows(path, [{"step": step, **row} for row in rows])
+    why = {
+        int(shard.info.sample_id[row]): cause
+        for shard, found in zip(shards, causes, strict=True)
+        for row, cause in found.items()
+    }
+    rows = [{"step": step, **row} for row in text_rows(load_tokenizer(tokenizer), prompts, shards, columns)]
+    write_rows(path, rows)
+    if why:
+        aside = [{**row, "cause": why[row["sample_id"]]} for row in rows if row["sample_id"] in why]
+        write_rows(unscored_path(path), aside)

@@ -11,13 +11,15 @@ import ray
 from transformers import AutoConfig
 
 from c2f_ray.data.model_folder import model_stamp
-from c2f_ray.data.trajectory import Ragged, Trajectories
+from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.driver import request_seed
 from c2f_ray.evaluation.check import Candidate, EvaluationPlan
 from c2f_ray.evaluation.mt_bench import TURNS, save_conversations, second_turn
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Evaluate
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+
+Shards = list[tuple[Any, TrajectoryInfo]]  # references to Trajectories, and what the driver may know of them
 
 
 class Server:
@@ -44,10 +46,10 @@ class Server:
         self.engines.wait_until_ready()
         self.architecture = architecture
 
-    def answer(self, requests: list[RolloutRequest]) -> list[Any]:
-        """References to the shards of the loaded model's responses."""
+    def answer(self, requests: list[RolloutRequest]) -> Shards:
+        """The loaded model's responses."""
         assert self.engines is not None
-        return [shard for shard, _ in self.engines.generate(requests, self.settings.max_tokens, ordered=True)]
+        return list(self.engines.generate(requests, self.settings.max_tokens, ordered=True))
 
     def close(self) -> None:
         if self.engines is not None:
@@ -99,11 +101,12 @@ def converse(recipe: Recipe, plan: EvaluationPlan, server: Server, candidate: Ca
         ]
 
     timeout_s, tokenizer = recipe.rollout.timeout_s, recipe.policy.model
-    first = server.answer(requests(1))
+    first = [shard for shard, _ in server.answer(requests(1))]
     room = server.max_model_tokens - plan.settings.max_tokens
     prompts = ray.put(candidate.prompts)
     server.load(candidate.folder, second_turn.remote(tokenizer, candidate.template, prompts, first, room, timeout_s))
-    return save_conversations.remote(path, tokenizer, [first, server.answer(requests(2))], timeout_s)
+    second = [shard for shard, _ in server.answer(requests(2))]
+    return save_conversations.remote(path, tokenizer, [first, second], timeout_s)
 
 
 def _architecture(folder: str) -> dict[str, Any]:
@@ -116,14 +119,14 @@ def _architecture(folder: str) -> dict[str, Any]:
 @ray.remote(num_cpus=0)
 def truncate(shard: Trajectories, limit: int) -> Trajectories:
     """The shard as a response limit of `limit` tokens would have made it, for greedy trajectories."""
-    info = shard.info
     return Trajectories(
-        replace(
-            info,
-            finished=info.finished & (info.response_tokens <= limit),
-            response_tokens=np.minimum(info.response_tokens, limit),
-        ),
+        truncated_info(shard.info, limit),
         shard.prompt,
         Ragged.from_rows([shard.response[i][:limit] for i in range(len(shard))], np.int32),
         Ragged.from_rows([shard.sampler_logprobs[i][:limit] for i in range(len(shard))], np.float32),
     )
+
+
+def truncated_info(info: TrajectoryInfo, limit: int) -> TrajectoryInfo:
+    finished = info.finished & (info.response_tokens <= limit)
+    return replace(info, finished=finished, response_tokens=np.minimum(info.response_tokens, limit))

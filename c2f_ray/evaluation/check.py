@@ -22,7 +22,7 @@ from c2f_ray.evaluation.tasks import MEAN, check_tasks, task_column
 from c2f_ray.functions import load_function
 from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Choose, EndpointJudge, Evaluate, FunctionReward, Perplexity, UltraRMReward
+from c2f_ray.recipe.schema import Choose, EndpointJudge, Evaluate, Perplexity
 from c2f_ray.watch.metrics import read_metrics
 
 Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
@@ -45,7 +45,6 @@ class EvaluationPlan:
     """An evaluation that can be done."""
 
     settings: Evaluate
-    reward: UltraRMReward | FunctionReward
     limit: int  # the response limit of the run's last step
     candidates: list[Candidate]
     rows: dict[str, range]  # of the prompts: `heldout`, `win_rate` and `mt_bench`
@@ -70,7 +69,7 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
     settings = recipe.evaluate
     if settings is None:
         raise RecipeError("evaluate: missing; it names the held-out prompts")
-    reward = check_reward(recipe.reward)
+    check_reward(recipe.reward)
     check_model("policy.model", recipe.policy.model)
     folder = run_folder(recipe).absolute()
     if not (folder / "coarse").is_dir() or not (folder / "metrics.jsonl").is_file():
@@ -103,7 +102,7 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
     limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
     assert limit is not None  # it is a whole number in every step
     templates = _judge_templates(settings, candidates[0].prompts, rows)
-    return EvaluationPlan(settings, reward, int(limit), candidates, rows, *templates, windows, folder)
+    return EvaluationPlan(settings, int(limit), candidates, rows, *templates, windows, folder)
 
 
 def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> tuple[list[Candidate], dict[str, range]]:

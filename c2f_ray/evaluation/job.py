@@ -10,10 +10,20 @@ from typing import Any
 import ray
 
 from c2f_ray.data.prompts import PromptSet
-from c2f_ray.data.texts import text_rows, write_rows
+from c2f_ray.data.texts import Columns, text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.data.trajectory import Float32
-from c2f_ray.evaluation.answers import Server, answers_path, converse, greedy, kept_name, truncate
+from c2f_ray.engine import engine_env
+from c2f_ray.errors import BadRewardError
+from c2f_ray.evaluation.answers import (
+    Server,
+    Shards,
+    answers_path,
+    converse,
+    greedy,
+    kept_name,
+    truncate,
+    truncated_info,
+)
 from c2f_ray.evaluation.check import BEST, Candidate, EvaluationPlan, check_evaluate, load_grader, record_of
 from c2f_ray.evaluation.choosing import Choice, choose
 from c2f_ray.evaluation.judging import mt_bench, win_rates
@@ -23,8 +33,7 @@ from c2f_ray.evaluation.tasks import run_tasks, task_metrics, tasks_stamp
 from c2f_ray.preflight import with_absolute_folders
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import EndpointJudge, LmEval
-from c2f_ray.reward.pool import RewardPool
-from c2f_ray.rollout.engine import engine_env
+from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.session import evaluate_needs, ray_session
 from c2f_ray.waiting import in_turn, wait_for
 from c2f_ray.watch.progress import Progress
@@ -87,17 +96,22 @@ def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> tuple[
     """
     settings, models = plan.settings, Models()
     responses: dict[str, list[Any]] = {}
-    timeout_s = plan.reward.timeout_s
+    tokenizer, timeout_s = recipe.policy.model, recipe.rollout.timeout_s
     with ExitStack() as stack:
         progress.stage("starting the actors")
-        pool = RewardPool(plan.reward, recipe.cluster, recipe.policy.model, ray.put(plan.asked))
-        rewards = stack.enter_context(closing(pool))
+        pools = Rewards(recipe.reward, recipe.cluster, tokenizer, ray.put(plan.asked), ordered=True)
+        rewards = stack.enter_context(closing(pools))
         server = stack.enter_context(closing(Server(recipe, settings)))
         rewards.wait_until_ready()
 
-        def graded(name: str, path: Path, prompts: Any, shards: list[Any], grader: str | None) -> dict[str, Any]:
-            scores = rewards.collect([rewards.submit(shard) for shard in shards])
-            task = grade.remote(path, recipe.policy.model, prompts, shards, scores, grader, timeout_s)
+        def graded(name: str, path: Path, prompts: Any, shards: Shards, grader: str | None) -> dict[str, Any]:
+            asked = [
+                rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished)
+                for shard, info in shards
+            ]
+            columns = [all_scored(name, shard).columns() for shard in rewards.collect(asked)]
+            refs = [shard for shard, _ in shards]
+            task = grade.remote(path, tokenizer, prompts, refs, columns, grader, timeout_s)
             return wait_for(task, timeout_s, f"the task that grades {name}")
 
         for number, candidate in enumerate(plan.candidates, start=1):
@@ -108,12 +122,14 @@ def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> tuple[
             variants = {candidate.name: shards}
             if candidate.name == "coarse" and plan.limit < settings.max_tokens:
                 # Greedy decoding: what a lower limit would have given is the beginning of what this one gave.
-                variants[f"coarse@{plan.limit}"] = [truncate.remote(shard, plan.limit) for shard in shards]
+                variants[f"coarse@{plan.limit}"] = [
+                    (truncate.remote(shard, plan.limit), truncated_info(info, plan.limit)) for shard, info in shards
+                ]
             for name, its_shards in variants.items():
                 path = plan.folder / "evaluation" / f"{name}.parquet"
                 metrics = graded(name, path, prompts, its_shards, settings.accuracy)
                 models[name] = {"folder": candidate.folder, "metrics": metrics}
-            responses[candidate.name] = shards
+            responses[candidate.name] = [shard for shard, _ in shards]
             if settings.win_rate and not (path := answers_path(recipe, plan, "win_rate", candidate)).exists():
                 graded(candidate.name, path, prompts, server.answer(greedy(plan.rows["win_rate"])), None)
             if settings.mt_bench and not (path := answers_path(recipe, plan, "mt_bench", candidate)).exists():
@@ -121,6 +137,13 @@ def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> tuple[
                 wait_for(saved, timeout_s, f"the task that saves the answers of {candidate.name}")
             progress.step({"step": number, "reward/mean": models[candidate.name]["metrics"]["reward"]})
     return models, responses
+
+
+def all_scored(name: str, shard: ScoredShard) -> ScoredShard:
+    """Refuses to compare models by what some of their responses got."""
+    for cause in shard.causes.values():
+        raise BadRewardError(f"a response of {name} got no reward: {cause}")
+    return shard
 
 
 def _likelihoods(
@@ -193,25 +216,25 @@ def grade(
     tokenizer: str,
     prompts: PromptSet,
     shards: list[Any],
-    rewards: list[Float32],
+    columns: list[Columns],
     grader: str | None,
     timeout_s: float,
 ) -> dict[str, float | None]:
     """A model's metrics over its responses, which are written to `path`. `shards` are object references."""
     shards = wait_for(shards, timeout_s, "the shards to grade")
-    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, rewards)
+    rows = text_rows(load_tokenizer(tokenizer), prompts, shards, columns)
     tokens = {int(s.info.sample_id[i]): s.response[i].tolist() for s in shards for i in range(len(s))}
-    columns: list[str] = []
+    grades_of: list[str] = []
     if grader is not None:
         function = load_grader(grader)
         for row in rows:
             grades = function(record_of(prompts, row["sample_id"]), row["response"], row["finished"])
-            columns = list(grades)
+            grades_of = list(grades)
             row.update(grades)
     write_rows(path, rows)
     responses = [tokens[row["sample_id"]] for row in rows]
     return {
         "reward": mean(row["reward"] for row in rows),
-        **{column: mean(row[column] for row in rows) for column in columns},
+        **{column: mean(row[column] for row in rows) for column in grades_of},
         **response_metrics(responses, [row["response"] for row in rows], [row["finished"] for row in rows]),
     }

@@ -126,14 +126,12 @@ class LearnerRank:
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.
 
-        ``shards`` refer to Trajectories; greedy rollouts in them are left out, and in rejection sampling all that the
-        batch does not name. Seconds are those of the slowest rank.
-        Raises NonFiniteUpdateError; ValueError when shards and batch are not about the same samples.
+        ``shards`` refer to Trajectories; those that the batch does not name are left out. Seconds are those of the
+        slowest rank. Raises NonFiniteUpdateError; ValueError when the shards lack a sample of the batch.
         """
         tally = Tally(self.device)
         with tally.seconds("time/learner_read_s"):
-            only = batch.sample_id if isinstance(self.learner, RejectionSamplingLearner) else None
-            samples = self._samples(shards, only)
+            samples = self._samples(shards, batch.sample_id)
             batch = _in_order(batch, samples)
         return self.algorithm.update(samples, batch, tally)
 

@@ -119,38 +119,70 @@ class Rollout(Section):
     timeout_s: Positive = 1800  # of one step's rollouts
 
 
-class WorkerPool(Section):
+class RewardBase(Section):
     workers: Count = 1
+    timeout_s: Positive = 1800  # a worker that owes scores and gives none for so long is replaced
+    attempts: Count = 3  # at one sample, each by another worker where there is one
+    on_failure: Literal["stop", "drop"] = "stop"  # the run, or the sample; it is saved in aside/ either way
+    truncation_penalty: Annotated[float, Field(ge=0)] = 0.0  # taken off the reward of a response that the limit cut
+
+
+class ModelReward(RewardBase):
     gpus_per_worker: Annotated[int, Field(ge=0)] = 1
     dtype: Dtype = "float16"
-    tokens_per_batch: Count = 16384  # longest sequence times sequences, padding included
+    tokens_per_batch: Count = 16384  # padding included
+    max_wait_s: Annotated[float, Field(ge=0)] = 0.05  # for a batch to fill up; deterministic runs do not wait
     max_tokens: Count = 4096  # longer conversations lose their first tokens
-    timeout_s: Positive = 1800  # of the last scores of a step, after its last rollout
+    append_eos: Literal["finished", "always", "never"] = "finished"  # which responses get an end-of-sequence token
 
 
-class UltraRMReward(WorkerPool):
+class UltraRMReward(ModelReward):
     kind: Literal["ultrarm"]
     model: str
-    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 1
     separator: str = "\n"  # between the turns: the model card's code says two, its examples and ReMax's one
-    append_eos: bool = True  # ReMax's code keeps the end-of-sequence token, the model card's example has none
 
 
-class LogRatioReward(WorkerPool):
+class LogRatioReward(ModelReward):
+    """Log probability of the response under one model minus that under another (RewardBench, arXiv 2403.13787).
+
+    Each model has `workers` workers of `gpus_per_worker` GPUs (tensor parallelism).
+    """
+
     kind: Literal["log_ratio"]
     policy_model: str
     reference_model: str
     aggregate: Literal["sum", "mean"] = "sum"  # sum: RewardBench; mean: per token, ours
+    chat_template: str = "model"  # `model`: the policy model's own; `plain`: ours for base models; else a .jinja file
+    memory: Positive = 0.9  # share of a GPU's memory for the engine; GiB of KV cache on the CPU
 
 
-class FunctionReward(Section):
+class FunctionReward(RewardBase):
     kind: Literal["function"]
     function: FunctionPath  # module:name
-    workers: Count = 1
     timeout_s: Positive = 600
 
 
-Reward = Annotated[UltraRMReward | LogRatioReward | FunctionReward, Field(discriminator="kind")]
+OneReward = Annotated[UltraRMReward | LogRatioReward | FunctionReward, Field(discriminator="kind")]
+
+
+class WeightedReward(Section):
+    weight: float
+    reward: OneReward
+
+
+class SumReward(Section):
+    """A weighted sum of rewards, each of which is also logged by its name."""
+
+    kind: Literal["sum"]
+    parts: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z]\w*$")], WeightedReward], Field(min_length=1)]
+
+
+Reward = Annotated[UltraRMReward | LogRatioReward | FunctionReward | SumReward, Field(discriminator="kind")]
+
+
+def reward_parts(reward: Reward) -> dict[str, WeightedReward]:
+    """The rewards by name; one that stands alone is named by its kind."""
+    return reward.parts if isinstance(reward, SumReward) else {reward.kind: WeightedReward(weight=1.0, reward=reward)}
 
 
 class Optimizer(Section):

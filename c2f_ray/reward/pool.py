@@ -1,129 +1,177 @@
-"""Reward workers: each scores whole shards, as soon as they arrive."""
+"""The workers of one scorer, seen from the driver.
+
+Invariants: a shard goes to the worker with the fewest tokens waiting; what a worker could not score is asked of another
+until its attempts are used up; no row is without a score and without a cause at the end.
+"""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from c2f_ray.data.prompts import PromptSet
-from c2f_ray.data.tokenizer import decode, load_tokenizer
-from c2f_ray.data.trajectory import Float32, Trajectories
-from c2f_ray.errors import ActorDiedError, DeadlineError
-from c2f_ray.recipe.schema import Cluster, FunctionReward, UltraRMReward
-from c2f_ray.reward.function import FunctionScorer, Sample
-from c2f_ray.reward.ultrarm import UltraRMScorer
+from c2f_ray.data.trajectory import Int64
+from c2f_ray.engine import engine_env
+from c2f_ray.errors import ActorDiedError
+from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
+from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
 from c2f_ray.waiting import wait_for_start
 
-
-class RewardWorker:
-    """Turns tokens back into text with the policy's tokenizer; a reward model reads it with its own."""
-
-    def __init__(self, reward: UltraRMReward | FunctionReward, policy_tokenizer: str, prompts: PromptSet) -> None:
-        self.tokenizer = load_tokenizer(policy_tokenizer)
-        self.prompts = prompts
-        self.scorer = FunctionScorer(reward) if isinstance(reward, FunctionReward) else UltraRMScorer(reward)
-
-    def ready(self) -> bool:
-        return True
-
-    def score(self, shard: Trajectories) -> Float32:
-        """One reward for each trajectory, float32 [N]."""
-        return self.scorer.score(
-            [
-                Sample(
-                    messages=self.prompts.messages[row],
-                    response=decode(self.tokenizer, shard.response[i], special=False),
-                    finished=bool(shard.info.finished[i]),
-                    record=self.prompts.records[row],
-                )
-                for i, row in enumerate(shard.info.prompt_row.tolist())
-            ]
-        )
+CALLS_AT_ONCE = 16  # of a worker with a model: their conversations share batches
 
 
 @dataclass
 class Scoring:
-    """A shard on its way through a worker."""
+    """A shard on its way: the scores so far, NaN where there is none yet, and why some never come."""
 
     shard: Any
-    worker: Any
-    rewards: Any  # reference to float32 [N]
+    tokens: Int64  # [N] of each row
+    scores: Float64  # [N]
+    causes: dict[int, str] = field(default_factory=dict)  # by row
+
+
+@dataclass
+class _Call:
+    scoring: Scoring
+    rows: list[int]
+    attempts: int  # made before this one
+    worker: "_Worker"
+
+    @property
+    def tokens(self) -> int:
+        return int(self.scoring.tokens[self.rows].sum())
+
+
+@dataclass
+class _Worker:
+    actor: Any
+    started: Any  # reference to what `ready` returns
+    calls: dict[Any, _Call] = field(default_factory=dict)  # by reference to their result, oldest first
+    heard_at: float = 0.0  # its last answer, or the call that ended its idleness
+    is_ready: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return sum(call.tokens for call in self.calls.values())
 
 
 class RewardPool:
-    """The workers. A shard goes to the worker with the fewest shards waiting; a dead worker is replaced."""
-
-    def __init__(
-        self, reward: UltraRMReward | FunctionReward, cluster: Cluster, policy_tokenizer: str, prompts: Any
-    ) -> None:
-        """``prompts`` refers to the PromptSet that the shards' rows are of."""
+    def __init__(self, scorer: Scorer, cluster: Cluster, policy_tokenizer: str, prompts: Any, ordered: bool) -> None:
+        """``prompts`` refers to the PromptSet that the shards' rows are of; ``ordered``: no batches across shards."""
+        reward, gpus = scorer.reward, scorer.gpus
+        self.name = "reward workers" + (f" of {scorer.model}" if scorer.model else "")
         self.timeout_s = reward.timeout_s
-        gpus = 0 if isinstance(reward, FunctionReward) else reward.gpus_per_worker
-        remote: Any = ray.remote(RewardWorker).options(num_gpus=gpus, num_cpus=0 if gpus else 1)
-        self.new_worker = lambda: remote.remote(reward, policy_tokenizer, prompts)
-        self.workers: list[Any] = [self.new_worker() for _ in range(reward.workers)]
-        self.waiting: list[list[Any]] = [[] for _ in self.workers]
-        self.started = [worker.ready.remote() for worker in self.workers]
+        self.attempts = reward.attempts
         self.start_timeout_s = cluster.start_timeout_s
-        self.restarts_left = cluster.max_restarts
+        self.restarts_left = cluster.max_restarts  # of workers that die before they are ready
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
+        options = {
+            "num_gpus": gpus,
+            "num_cpus": 0 if gpus else 1,
+            "max_concurrency": 1 if isinstance(reward, FunctionReward) else CALLS_AT_ONCE,
+            "runtime_env": {"env_vars": engine_env(gpus)} if isinstance(reward, LogRatioReward) else None,
+        }
+        remote: Any = ray.remote(RewardWorker).options(**options)
+        self.new_actor = lambda: remote.remote(scorer, policy_tokenizer, prompts, ordered)
+        self.workers = [self._start() for _ in range(reward.workers)]
+
+    def _start(self) -> _Worker:
+        actor = self.new_actor()
+        return _Worker(actor, actor.ready.remote())
 
     def wait_until_ready(self) -> None:
-        wait_for_start(self.started, self.start_timeout_s, "reward workers", self.needs)
+        wait_for_start([worker.started for worker in self.workers], self.start_timeout_s, self.name, self.needs)
 
-    def submit(self, shard: Any) -> Scoring:
-        """Sends a reference to a shard to a worker."""
-        for refs in self.waiting:
-            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0) if refs else ([], [])
-            refs[:] = [ref for ref in refs if ref not in done]
-        number = int(np.argmin([len(refs) for refs in self.waiting]))
-        worker = self.workers[number]
-        scoring = Scoring(shard, worker, worker.score.remote(shard))
-        self.waiting[number].append(scoring.rewards)
+    def submit(self, shard: Any, tokens: Int64) -> Scoring:
+        """Sends a reference to a shard whose rows have so many ``tokens`` to a worker."""
+        scoring = Scoring(shard, tokens, np.full(len(tokens), np.nan))
+        self._take_answers(0.0)
+        self._call(scoring, list(range(len(tokens))), 0, None)
         return scoring
 
-    def collect(self, scorings: list[Scoring]) -> list[Float32]:
-        """The rewards of each shard, float32 [N]; what a dead or silent worker owed is scored by others.
+    def collect(self, scorings: list[Scoring]) -> None:
+        """Returns when each row of these has a score or a cause."""
+        wanted = {id(scoring) for scoring in scorings}
+        self._take_answers(0.0)
+        while any(id(call.scoring) in wanted for worker in self.workers for call in worker.calls.values()):
+            busy = [worker for worker in self.workers if worker.calls]
+            self._take_answers(max(0.0, min(self._deadline(worker) for worker in busy) - time.monotonic()))
+            for worker in busy:
+                if worker.calls and self._deadline(worker) <= time.monotonic():
+                    self._replace(worker, f"it gave no answer for {self.timeout_s:g} s")
 
-        Raises what a worker raised; ActorDiedError or DeadlineError when `cluster.max_restarts` is used up.
+    def _deadline(self, worker: _Worker) -> float:
+        if not worker.is_ready:
+            worker.is_ready = bool(ray.wait([worker.started], timeout=0)[0])
+        return worker.heard_at + self.timeout_s + (0 if worker.is_ready else self.start_timeout_s)
+
+    def _call(self, scoring: Scoring, rows: list[int], attempts: int, before: _Worker | None) -> None:
+        others = [worker for worker in self.workers if worker is not before] or self.workers
+        worker = min(others, key=lambda worker: worker.tokens)
+        if not worker.calls:
+            worker.heard_at = time.monotonic()
+        worker.calls[worker.actor.score.remote(scoring.shard, rows)] = _Call(scoring, rows, attempts, worker)
+
+    def _take_answers(self, timeout_s: float) -> None:
+        """All that have come; waits for the first of them."""
+        refs = [ref for worker in self.workers for ref in worker.calls]
+        if not refs:
+            return
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if not done and timeout_s > 0:
+            done, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
+        for ref in done:
+            worker = next((worker for worker in self.workers if ref in worker.calls), None)
+            if worker is None:  # lost with an earlier one of these
+                continue
+            try:
+                scores, causes = ray.get(ref)
+            except RayActorError as error:
+                self._replace(worker, f"it died: {error}")
+                continue
+            call = worker.calls.pop(ref)
+            worker.heard_at, worker.is_ready = time.monotonic(), True
+            call.scoring.scores[call.rows] = scores
+            self._failed(call, causes)
+
+    def _failed(self, call: _Call, causes: dict[int, str]) -> None:
+        attempts = call.attempts + 1
+        if causes and attempts < self.attempts:
+            self._call(call.scoring, sorted(causes), attempts, call.worker)
+        else:
+            call.scoring.causes |= {row: f"attempt {attempts}: {cause}" for row, cause in causes.items()}
+
+    def _replace(self, worker: _Worker, why: str) -> None:
+        """Another actor takes the place of one that is lost. Its oldest call is what it was at; the others only waited.
+
+        The last attempt at a call that takes workers with it is made row by row: then one row alone is to blame.
         """
-        deadline = time.monotonic() + self.timeout_s
-        pending = list(scorings)
-        found: dict[int, Float32] = {}
-        while pending:
-            refs = [scoring.rewards for scoring in pending]
-            done, _ = ray.wait(refs, timeout=max(0.0, deadline - time.monotonic()))
-            lost: dict[Any, Exception] = {}  # by worker
-            if not done:
-                what = f"rewards of {len(pending)} of {len(scorings)} shards from {len(self.workers)} workers"
-                silent = DeadlineError(f"{what}: no answer after {self.timeout_s:g} s")
-                lost = {scoring.worker: silent for scoring in pending}
-            for scoring in [scoring for scoring in pending if scoring.rewards in done]:
-                try:
-                    found[id(scoring)] = ray.get(scoring.rewards)
-                    pending.remove(scoring)
-                except RayActorError as error:
-                    lost[scoring.worker] = ActorDiedError(f"a reward worker died: {error}")
-            for worker, error in lost.items():
-                self._replace(worker, error)
-                deadline = time.monotonic() + self.timeout_s + self.start_timeout_s
-            for scoring in [scoring for scoring in pending if scoring.worker in lost]:
-                again = self.submit(scoring.shard)
-                scoring.worker, scoring.rewards = again.worker, again.rewards
-        return [found[id(scoring)] for scoring in scorings]
+        ray.kill(worker.actor)  # one that hangs still has its GPUs
+        worker.is_ready = worker.is_ready or bool(ray.wait([worker.started], timeout=0)[0])
+        if not worker.is_ready:
+            if self.restarts_left == 0:
+                raise ActorDiedError(f"{self.name}: one was lost before it was ready: {why}")
+            self.restarts_left -= 1
+        new = self._start()
+        self.workers[self.workers.index(worker)] = new
+        for number, call in enumerate(worker.calls.values()):
+            if number == 0 and worker.is_ready:
+                self._lost(call, new, why)
+            else:
+                self._call(call.scoring, call.rows, call.attempts, new)
 
-    def _replace(self, worker: Any, cause: Exception) -> None:
-        if self.restarts_left == 0:
-            raise cause
-        self.restarts_left -= 1
-        ray.kill(worker)  # one that hangs still has its GPUs
-        number = self.workers.index(worker)
-        self.workers[number] = self.new_worker()
-        self.waiting[number] = []
+    def _lost(self, call: _Call, new: _Worker, why: str) -> None:
+        attempts = call.attempts + 1
+        if len(call.rows) > 1 and attempts >= self.attempts - 1:
+            for row in call.rows:
+                self._call(call.scoring, [row], self.attempts - 1, new)
+        elif attempts < self.attempts:
+            self._call(call.scoring, call.rows, attempts, new)
+        else:
+            call.scoring.causes[call.rows[0]] = f"attempt {attempts}: the worker that scored it was lost: {why}"
 
     def close(self) -> None:
         for worker in self.workers:
-            ray.kill(worker)
+            ray.kill(worker.actor)

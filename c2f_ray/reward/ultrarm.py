@@ -6,7 +6,6 @@ Source of the layout and the template: the model card of openbmb/UltraRM-13b.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
@@ -14,10 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from c2f_ray.data.prompts import Messages
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.data.trajectory import Float32
-from c2f_ray.errors import BadRewardError
 from c2f_ray.recipe.schema import UltraRMReward
-from c2f_ray.reward.function import Sample
+from c2f_ray.reward.samples import Encoded, Sample, appends_eos
 
 TURNS = {"user": "Human", "assistant": "Assistant"}
 
@@ -32,15 +29,19 @@ class UltraRM(LlamaPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores [batch] of right-padded `input_ids` [batch, tokens]: the head on the last attended token's state."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        last = attention_mask.sum(dim=1) - 1
+        """Scores [batch] of `input_ids` [batch, tokens], padded on either side: the head on the last attended state."""
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        hidden = found.last_hidden_state
+        last = attention_mask.cumsum(dim=1).argmax(dim=1).to(hidden.device)
         return self.regression_head(hidden[torch.arange(len(last)), last]).squeeze(-1)
 
 
-def load_ultrarm(folder: str, dtype: torch.dtype) -> UltraRM:
+def load_ultrarm(folder: str, dtype: torch.dtype, device_map: str | None = None) -> UltraRM:
     """Loads a checkpoint, in evaluation mode. Raises ValueError naming any missing or unexpected key."""
-    loaded: Any = UltraRM.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    loaded: Any = UltraRM.from_pretrained(
+        folder, dtype=dtype, device_map=device_map, output_loading_info=True, use_safetensors=True
+    )
     model, info = loaded
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
@@ -57,43 +58,33 @@ def render_ultrarm(messages: Messages, response: str, separator: str) -> str:
 
 
 class UltraRMScorer:
-    """Scores conversations, batched by token budget. Longest first, so that padding and peak memory are known early."""
-
     def __init__(self, reward: UltraRMReward) -> None:
         self.reward = reward
         self.device = torch.device("cuda" if reward.gpus_per_worker else "cpu")
         self.tokenizer = load_tokenizer(reward.model)
-        model: nn.Module = load_ultrarm(reward.model, getattr(torch, reward.dtype))
-        self.model = model.to(self.device)
+        # Over several GPUs layers are spread evenly, and the hidden states travel.
+        device_map = "balanced" if reward.gpus_per_worker > 1 else None
+        model: nn.Module = load_ultrarm(reward.model, getattr(torch, reward.dtype), device_map)
+        self.model = model if device_map else model.to(self.device)
 
-    def tokens(self, sample: Sample) -> list[int]:
-        """Token ids of one conversation; a response that was cut by the limit gets no end-of-sequence token."""
+    def encode(self, sample: Sample) -> Encoded:
+        """No text is read as a special token: what a policy wrote can neither end nor begin a conversation."""
         text = render_ultrarm(sample.messages, sample.response, self.reward.separator)
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        if self.reward.append_eos and sample.finished:
+        ids: list[int] = self.tokenizer(text, split_special_tokens=True)["input_ids"]
+        if appends_eos(self.reward, sample):
             ids = [*ids, self.tokenizer.eos_token_id]
-        return ids[-self.reward.max_tokens :]
+        return Encoded(ids[-self.reward.max_tokens :], 0)
 
     @torch.inference_mode()
-    def score(self, samples: list[Sample]) -> Float32:
-        """One finite float32 for each sample."""
-        tokens = [self.tokens(sample) for sample in samples]
-        scores = np.empty(len(tokens), dtype=np.float32)
-        order = sorted(range(len(tokens)), key=lambda row: (-len(tokens[row]), row))
-        while order:
-            longest = len(tokens[order[0]])
-            count = max(1, self.reward.tokens_per_batch // longest)
-            rows, order = order[:count], order[count:]
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for i, row in enumerate(rows):
-                ids[i, : len(tokens[row])] = torch.tensor(tokens[row])
-                mask[i, : len(tokens[row])] = 1
-            scores[rows] = self.model(ids.to(self.device), mask.to(self.device)).float().cpu().numpy()
-        if not np.isfinite(scores).all():
-            worst = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise BadRewardError(f"reward {scores[worst]} for the response {samples[worst].response[:200]!r}")
-        return scores
+    def score(self, conversations: list[Encoded]) -> list[float]:
+        """The scores of one batch."""
+        longest = max(len(encoded.ids) for encoded in conversations)
+        ids = torch.zeros(len(conversations), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, encoded in enumerate(conversations):
+            ids[row, : len(encoded.ids)] = torch.tensor(encoded.ids)
+            mask[row, : len(encoded.ids)] = 1
+        return self.model(ids.to(self.device), mask.to(self.device)).double().tolist()
 
 
 def check_ultrarm_folder(folder: Path) -> str | None:

@@ -1,14 +1,13 @@
 """Builds the vLLM engine of one rollout actor.
 
-The engine core runs inside the actor, which then owns the step loop and hands each sample over as it finishes.
-vllm is imported inside the functions: it reads `engine_env` once, at import.
+The actor owns the engine's step loop and hands each sample over as it finishes.
 """
 
-import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from c2f_ray.engine import hardware_settings
 from c2f_ray.recipe.schema import Policy, Rollout
 from c2f_ray.weights.source import checksum
 from c2f_ray.weights.transfer import transfer_backend
@@ -19,24 +18,12 @@ if TYPE_CHECKING:
 LoadFormat = Literal["dummy", "auto"]  # weights by a transfer, or from the model's folder
 
 
-def engine_env(gpus: int) -> dict[str, str]:
-    """Environment of an engine's process, which must be set before vllm is imported there."""
-    env = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
-    if gpus == 0:
-        env["TORCH_COMPILE_DISABLE"] = "1"  # the first logprobs would otherwise call a C++ compiler
-    return env
-
-
 def build_engine(policy: Policy, rollout: Rollout, max_model_tokens: int, load_format: LoadFormat) -> "LLM":
     """An engine for prompt and response of `max_model_tokens` together, on the GPUs that this process sees."""
     from vllm import LLM
     from vllm.config import WeightTransferConfig
 
     gpus = rollout.gpus_per_actor
-    settings = _gpu_settings(rollout) if gpus else _cpu_settings(rollout, max_model_tokens)
     return LLM(
         policy.model,
         dtype=policy.dtype,
@@ -48,41 +35,8 @@ def build_engine(policy: Policy, rollout: Rollout, max_model_tokens: int, load_f
         seed=0,  # every request has its own
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        **settings,
+        **hardware_settings(gpus, rollout.memory, max(max_model_tokens, 8192)),
     )
-
-
-def _gpu_settings(rollout: Rollout) -> dict[str, Any]:
-    return {
-        "tensor_parallel_size": rollout.gpus_per_actor,
-        "distributed_executor_backend": "uni" if rollout.gpus_per_actor == 1 else "mp",
-        "gpu_memory_utilization": rollout.memory,
-    }
-
-
-def _cpu_settings(rollout: Rollout, max_model_tokens: int) -> dict[str, Any]:
-    _use_torch_linear()
-    return {
-        "distributed_executor_backend": "uni",
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": int(rollout.memory * 2**30),
-        # A seeded request cannot be prefilled in pieces on the CPU.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(max_model_tokens, 8192),
-    }
-
-
-def _use_torch_linear() -> None:
-    """Keeps CPU linear layers as they were loaded.
-
-    vLLM packs them for oneDNN and drops the weight, so that no checksum could see what the engine computes with.
-    """
-    from vllm.model_executor.layers import utils
-
-    def dispatch(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = dispatch
 
 
 def sampling_params(rollout: Rollout, seed: int, greedy: bool, max_tokens: int) -> "SamplingParams":

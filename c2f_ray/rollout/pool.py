@@ -14,10 +14,11 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from c2f_ray.data.trajectory import TrajectoryInfo
+from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
-from c2f_ray.rollout.engine import LoadFormat, engine_env
+from c2f_ray.rollout.engine import LoadFormat
 from c2f_ray.waiting import wait_for, wait_for_start
 
 PING_S = 20.0  # for an idle actor to answer

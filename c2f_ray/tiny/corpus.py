@@ -1,4 +1,4 @@
-"""Texts that the three models learn from, as tensors: base pages, instruct rows, scored responses."""
+"""Texts that the models learn from, as tensors: base pages, rows of prompt and response, scored responses."""
 
 import random
 
@@ -86,6 +86,31 @@ def instruct_batch(
         lines = derived(question) if rng.random() < share else direct(question)
         prompt = tokenizer.backend_tokenizer.encode(f"Q:{question.content}\nA:").ids
         rows.append((prompt, tokenizer.backend_tokenizer.encode("\n".join(lines) + END_OF_TEXT).ids))
+    return padded_rows(rows, tokenizer)
+
+
+def pair_batch(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_rows: int, derived_only: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the Mixtral pair, in its own words: right derivations that end, or all of the base's styles."""
+    encode = tokenizer.backend_tokenizer.encode
+    rows = []
+    for _ in range(num_rows):
+        if derived_only:
+            question = draw_question(rng)
+            content, response = question.content, "\n".join(derived(question)) + END_OF_TEXT
+        else:
+            content, _, response = question_piece(rng).removeprefix("Q:").partition("\nA:")
+        prompt = encode(reward_text(content, ""), add_special_tokens=False).ids
+        ids = encode(response.replace(END_OF_TEXT, "</s>"), add_special_tokens=False).ids
+        rows.append(([tokenizer.bos_token_id, *prompt], ids))
+    return padded_rows(rows, tokenizer)
+
+
+def padded_rows(
+    rows: list[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels `[rows, time]` of (prompt, response), right-padded; labels are the response's tokens."""
     longest = max(len(prompt) + len(response) for prompt, response in rows)
     ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
     labels = torch.full((len(rows), longest), IGNORED)

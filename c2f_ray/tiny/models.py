@@ -1,4 +1,4 @@
-"""The models: a Mistral base, an instruct sibling of the same shape, a reward model laid out as UltraRM-13b."""
+"""The models: a Mistral base, an instruct sibling, a reward model laid out as UltraRM-13b, and a pair of Mixtrals."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from c2f_ray.tiny.settings import Settings
 from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
@@ -74,13 +82,51 @@ def new_reward(settings: Settings, base: MistralForCausalLM | None) -> RewardMod
     state = base.model.state_dict()
     rows = state.pop("embed_tokens.weight")
     reward.model.load_state_dict(state, strict=False)
+    _move_rows(rows, reward.model.embed_tokens.weight)
+    return reward
+
+
+@torch.no_grad()
+def _move_rows(rows: torch.Tensor, into: torch.Tensor) -> None:
+    """Rows by the policy's token ids to those of the same words, or of words with the same part, in the other's."""
     ids = policy_tokenizer(False).get_vocab()
     twins = {"Human:": "Q:", "Assistant:": "A:", "</s>": "<|endoftext|>"}
+    for word, row in reward_tokenizer().get_vocab().items():
+        if (twin := twins.get(word, word)) in ids:
+            into[row] = rows[ids[twin]]
+
+
+def new_mixtral(settings: Settings, base: MistralForCausalLM) -> MixtralForCausalLM:
+    """The base upcycled (arXiv 2212.05055): each expert is its MLP with some noise, so that routing matters."""
+    words = reward_tokenizer().get_vocab()
+    config = MixtralConfig(
+        vocab_size=len(words),
+        num_local_experts=settings.pair_experts,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **_shape(settings),
+    )
+    mixtral = MixtralForCausalLM(config).float()
+    state = base.state_dict()
+    own = mixtral.state_dict()
     with torch.no_grad():
-        for word, row in words.items():
-            if (twin := twins.get(word, word)) in ids:
-                reward.model.embed_tokens.weight[row] = rows[ids[twin]]
-    return reward
+        for name, tensor in own.items():
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                _move_rows(state[name], tensor)
+            elif name.endswith("experts.gate_up_proj"):
+                mlp = name.removesuffix("experts.gate_up_proj")
+                dense = torch.cat([state[f"{mlp}gate_proj.weight"], state[f"{mlp}up_proj.weight"]])
+                tensor.copy_(dense + 0.02 * torch.randn_like(tensor))
+            elif name.endswith("experts.down_proj"):
+                dense = state[name.replace("experts.down_proj", "down_proj.weight")]
+                tensor.copy_(dense + 0.02 * torch.randn_like(tensor))
+            elif name in state:
+                tensor.copy_(state[name])
+    return mixtral
 
 
 def save_policy(model: MistralForCausalLM, folder: Path, with_template: bool) -> None:
@@ -97,6 +143,11 @@ def save_reward(model: RewardModel, folder: Path) -> None:
     model.model.config.save_pretrained(folder)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    reward_tokenizer().save_pretrained(folder)
+
+
+def save_mixtral(model: MixtralForCausalLM, folder: Path) -> None:
+    model.save_pretrained(folder)
     reward_tokenizer().save_pretrained(folder)
 
 

@@ -66,6 +66,13 @@ class Settings:
     reward_mean_gate: float = 0.85  # share of probe pairs ranked rightly, mean over the kinds of pair
     reward_worst_gate: float = 0.6  # the same in the worst kind (a wrong step below a right answer is the hard one)
 
+    # Mixtral pair of the log-ratio reward: the base upcycled, taught the base's styles, then right derivations
+    pair_experts: int = 4  # of which two are active
+    pair_reference_steps: int = 60
+    pair_policy_steps: int = 60
+    pair_rows: int = 48
+    pair_lr: float = 4e-4
+
     # prompts handed to the RL run
     train_prompts: int = 4096
     heldout_prompts: int = 128
@@ -98,4 +105,7 @@ def make_settings(seed: int, effort: Effort) -> Settings:
         reward_max_steps=5,
         reward_long_steps=2,
         reward_prompts=4,
+        pair_reference_steps=5,
+        pair_policy_steps=5,
+        pair_rows=8,
     )

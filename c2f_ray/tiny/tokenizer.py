@@ -18,6 +18,14 @@ WORDS = [
 ]  # fmt: skip
 REWARD_WORDS = ["Human:", "Assistant:"]
 END_OF_TEXT = "<|endoftext|>"
+PAIR_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}"
+    "{% else %}Human: {{ message['content'] }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
 UNKNOWN = "<unk>"
 
 
@@ -36,7 +44,10 @@ def policy_tokenizer(with_template: bool) -> PreTrainedTokenizerFast:
 
 
 def reward_tokenizer() -> PreTrainedTokenizerFast:
-    """The reward model's tokenizer with UltraRM's special ids (pad 0, bos 1, eos 2); it adds bos by itself."""
+    """The reward models' tokenizer with UltraRM's special ids (pad 0, bos 1, eos 2); it adds bos by itself.
+
+    Its template is for the Mixtral pair.
+    """
     half = len(WORDS) // 2
     words = [*REWARD_WORDS, *WORDS[half:], *WORDS[:half]]  # rotated, so that no word keeps its id
     tokenizer = _word_level([UNKNOWN, "<s>", "</s>", *words], special=[UNKNOWN, "<s>", "</s>"])
@@ -49,6 +60,7 @@ def reward_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         padding_side="right",
         model_max_length=256,
+        chat_template=PAIR_TEMPLATE,
     )
 
 
@@ -62,7 +74,10 @@ def _word_level(vocabulary: list[str], special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     words = sorted((word for word in vocabulary if word not in special), key=len, reverse=True)
     pattern = "|".join(word.replace("?", r"\?") for word in words)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    # A special token that is spelled in plain text is no word: it falls apart, as in real tokenizers.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.Split("<", behavior="isolated")]
+    )
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
     return tokenizer

@@ -98,6 +98,31 @@ def train_instruct(settings: Settings, model: MistralForCausalLM) -> MistralForC
     return model
 
 
+def train_pair(settings: Settings, base: MistralForCausalLM, folder: Path) -> None:
+    """The log-ratio reward's two Mixtrals: the reference knows all styles, the policy goes on with right derivations.
+
+    So the ratio is high for what a right derivation that ends has and other responses have not.
+    """
+    torch.manual_seed(settings.seed)
+    rng = random.Random(f"pair {settings.seed}")
+    tokenizer = reward_tokenizer()
+    model = models.new_mixtral(settings, base)
+    total = settings.pair_reference_steps + settings.pair_policy_steps
+    done = 0
+    for name, steps in (("reference", settings.pair_reference_steps), ("policy", settings.pair_policy_steps)):
+        optim = optimizer(model, settings.pair_lr)
+        model.train()
+        for i in range(steps):
+            ids, labels = corpus.pair_batch(rng, tokenizer, settings.pair_rows, derived_only=name == "policy")
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=corpus.IGNORED)
+            apply_gradient(model, optim, loss, settings.pair_lr * (1 - i / steps))
+            done += 1
+            if done % 20 == 0:
+                report(stage="pair", fraction=done / total, loss=loss.item())
+        models.save_mixtral(model, folder / f"pair_{name}")
+
+
 def preference_loss(scores: torch.Tensor, utilities: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Bradley-Terry over prefixes (ours), with soft labels `sigmoid(u_i - u_j)`; rows 2i and 2i+1 are rivals.
 
@@ -173,6 +198,8 @@ def run_stage(stage: str, folder: Path, settings: Settings) -> None:
     elif stage == "instruct":
         instruct = train_instruct(settings, models.load_policy(folder / "base"))
         models.save_policy(instruct, folder / "instruct", with_template=True)
+    elif stage == "pair":
+        train_pair(settings, models.load_policy(folder / "base"), folder)
     else:
         reward, gate = train_reward(settings, models.load_policy(folder / "base"))
         models.save_reward(reward, folder / "reward")

@@ -1,4 +1,4 @@
-"""Building the embedded world: four folders that look like the real thing, trained from text made here.
+"""Building the embedded world: folders that look like the real thing, trained from text made here.
 
 Invariants: the folder is complete or it is not there (built aside, then renamed), and a complete one is reused only if
 the settings and the code that made it are the same. This module imports without torch; training happens in processes
@@ -32,7 +32,7 @@ class WorldError(C2FError, RuntimeError):
 
 
 def build_world(folder: Path, seed: int = 0, effort: Effort = "full", progress: Progress | None = None) -> Path:
-    """Write `folder`/{base,instruct,reward,prompts}/ and world.json, and return `folder`.
+    """Write `folder`/{base,instruct,reward,pair_policy,pair_reference,prompts}/ and world.json, and return `folder`.
 
     "full" trains for about two minutes on two cores and passes gates; "smoke" makes the same layout in seconds with
     models that know nothing. `progress(stage, fraction)` may be called from several threads. Raises WorldError when a
@@ -93,12 +93,13 @@ def write_prompts(folder: Path, settings: Settings) -> None:
 
 
 def train_stages(folder: Path, settings: Settings, progress: Progress) -> dict[str, dict[str, float]]:
-    """Each stage's seconds and gate numbers. The base comes first; the other two then train side by side."""
+    """Each stage's seconds and gate numbers. The base comes first; the others then train side by side."""
     if settings.effort == "smoke":  # one process: imports cost more than the steps
-        return run_process(folder, settings, ["base", "instruct", "reward"], 1, progress)
+        return run_process(folder, settings, ["base", "instruct", "reward", "pair"], 1, progress)
     results = run_process(folder, settings, ["base"], 2, progress)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(run_process, folder, settings, [stage], 1, progress) for stage in ("instruct", "reward")]
+        side_by_side = (["instruct", "pair"], ["reward"])
+        jobs = [pool.submit(run_process, folder, settings, stages, 1, progress) for stages in side_by_side]
         for job in jobs:
             results |= job.result()
     return results

@@ -1,4 +1,4 @@
-"""Iterative rejection sampling, as a driver script runs it, on the tiny world's layout."""
+"""Iterative rejection sampling by a Mixtral pair's log ratio, as a driver script runs it, on the tiny world's layout."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,12 @@ from c2f_ray import load_recipe, train
 from c2f_ray.learner.checkpoint import SavedPieces
 from c2f_ray.watch.metrics import read_metrics
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-LEARNER = (
-    "learner={algorithm: rejection_sampling, ranks: 2, gpus_per_rank: 0, responses_per_update: 4, patience: 9,"
-    " restart_from: start, timeout_s: 120, optimizer: {lr: 5.0e-3}}"
-)
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny_rejection_sampling.yaml"
 SETTINGS = [
-    "run.steps=3", "run.deterministic=true", "prompts.per_step=8", "rollout.samples_per_prompt=3",
-    "length={rule: fixed, max_tokens: 16}", "evaluate.num_prompts=4", "checkpoints.every_steps=1",
-    "checkpoints.keep_last=3", LEARNER,
+    "run.name=rounds", "run.steps=3", "run.deterministic=true", "prompts.per_step=8", "rollout.samples_per_prompt=4",
+    "length.max_tokens=16", "evaluate.num_prompts=8", "checkpoints.every_steps=1", "checkpoints.keep_last=3",
+    "learner.responses_per_update=4", "learner.patience=9", "learner.restart_from=start", "learner.epochs=2",
+    "learner.optimizer.lr=3.0e-3",
 ]  # fmt: skip
 
 
@@ -32,19 +29,27 @@ def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train(load_recipe(CONFIG, *SETTINGS))
-    return folder / "runs" / "tiny"
+    return folder / "runs" / "rounds"
 
 
 def test_each_round_keeps_the_best_of_every_prompt(run: Path):
     for number, line in enumerate(read_metrics(run / "metrics.jsonl"), start=1):
         rows = pq.read_table(run / "trajectories" / f"step_{number:06d}.parquet").to_pylist()
-        assert [row["greedy"] for row in rows] == [False] * 24
-        best = [max(row["reward"] for row in rows[i : i + 3]) for i in range(0, 24, 3)]
+        assert [row["greedy"] for row in rows] == [False] * 32
+        best = [max(row["reward"] for row in rows[i : i + 4]) for i in range(0, 32, 4)]
         assert line["selection/kept"] == 8
         assert line["selection/reward_mean"] == pytest.approx(sum(best) / 8, abs=1e-6)
-        assert line["reward/mean"] == pytest.approx(sum(row["reward"] for row in rows) / 24, abs=1e-6)
+        ratio = [row["reward_log_ratio_policy"] - row["reward_log_ratio_reference"] for row in rows]
+        assert ratio == pytest.approx([row["reward"] for row in rows], rel=1e-6)
+        assert line["reward/mean"] == pytest.approx(sum(row["reward"] for row in rows) / 32, abs=1e-6)
         assert line["learner/responses"] + line["learner/duplicates"] == 8
-        assert line["learner/steps"] == 2
+        assert line["learner/steps"] == 4
+
+
+def test_the_heldout_reward_rises_in_the_first_rounds(run: Path):
+    lines = read_metrics(run / "metrics.jsonl")
+    assert lines[0]["heldout/best_of_n"] > lines[0]["heldout/before"]
+    assert lines[1]["heldout/best_of_n"] > lines[0]["heldout/before"]
 
 
 def test_the_peak_round_is_the_coarse_actor(run: Path):

@@ -11,10 +11,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
-from c2f_ray.recipe.schema import Cluster, UltraRMReward
-from c2f_ray.reward.function import Sample
-from c2f_ray.reward.pool import RewardPool
+from c2f_ray.recipe.schema import Cluster, FunctionReward, UltraRMReward
+from c2f_ray.reward.rewards import Rewards
+from c2f_ray.reward.samples import Sample
 from c2f_ray.reward.ultrarm import UltraRMScorer, load_ultrarm, render_ultrarm
+from c2f_ray.reward.worker import RewardWorker, Scorer
 
 PROMPT = "b=c,a=2,f=e,e=a,c=3,d=f,b?"
 RESPONSES = ["so 3", "b=c\nc=3\nso 3", "b=c\nc=3\nso 3\ncheck\nb=c\nc=3\nso 3\n" * 5, "so 2\n"]
@@ -57,10 +58,7 @@ def shard(world: Path, finished: list[bool]) -> Trajectories:
 
 
 def test_scores_equal_a_direct_forward(world: Path, cluster: None):
-    """From a worker, and from the scorer for mixed lengths in one batch and one at a time: to 1e-5.
-
-    The policy's end-of-text never leaks; a truncated response gets no `</s>`, a finished one does.
-    """
+    """From workers, to 1e-6. The policy's end-of-text never leaks; only a finished response gets `</s>`."""
     finished = [True, False, True, False]
     expected = [
         direct_score(world / "reward", f"Human: {PROMPT}\nAssistant: {text}", eos)
@@ -68,18 +66,95 @@ def test_scores_equal_a_direct_forward(world: Path, cluster: None):
     ]
     assert np.ptp(expected) > 1e-3, "a reward that is the same for all responses would prove nothing"
     messages = [{"role": "user", "content": PROMPT}]
-    samples = [Sample(messages, text, end, {}) for text, end in zip(RESPONSES, finished, strict=True)]
-    for budget in (4096, 256, 1):
-        scores = UltraRMScorer(settings(world, tokens_per_batch=budget)).score(samples)
-        np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
+    prompts = ray.put(PromptSet(["p"], [messages], [{}], Ragged.from_rows([[1]], np.int32), 0))
+    reward = settings(world, truncation_penalty=0.5)
+    rewards = Rewards(reward, Cluster(), str(world / "base"), prompts)
+    parts = (shard(world, finished), shard(world, finished).select(np.array([2])))
+    asked = [
+        rewards.submit(ray.put(part), part.info.prompt_tokens + part.info.response_tokens, part.info.finished)
+        for part in parts
+    ]
+    scored = rewards.collect(asked)
+    rewards.close()
+    penalty = 0.5 * ~np.array(finished)
+    np.testing.assert_allclose(scored[0].rewards, expected - penalty, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(scored[1].rewards, expected[2:3], atol=1e-6, rtol=0)
 
-    prompts = PromptSet(["p"], [messages], [{}], Ragged.from_rows([[1]], np.int32), 0)
-    pool = RewardPool(settings(world), Cluster(), str(world / "base"), ray.put(prompts))
-    whole = shard(world, finished)
-    scores = pool.collect([pool.submit(ray.put(part)) for part in (whole, whole.select(np.array([2])))])
-    pool.close()
-    np.testing.assert_allclose(scores[0], expected, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(scores[1], expected[2:3], atol=1e-5, rtol=0)
+
+@pytest.mark.parametrize("append_eos", ["finished", "always", "never"])
+def test_one_and_many_padded_left_and_right(world: Path, append_eos: str):
+    """To 1e-6: batches of one and of many, and the model's forward on both kinds of padding."""
+    finished = [True, False, True, False]
+    ends = {"finished": finished, "always": [True] * 4, "never": [False] * 4}[append_eos]
+    expected = [
+        direct_score(world / "reward", f"Human: {PROMPT}\nAssistant: {text}", eos)
+        for text, eos in zip(RESPONSES, ends, strict=True)
+    ]
+    scorer = UltraRMScorer(settings(world, append_eos=append_eos))
+    messages = [{"role": "user", "content": PROMPT}]
+    encoded = [scorer.encode(Sample(messages, text, end, {})) for text, end in zip(RESPONSES, finished, strict=True)]
+    np.testing.assert_allclose(scorer.score(encoded), expected, atol=1e-6, rtol=0)
+    np.testing.assert_allclose([scorer.score([one])[0] for one in encoded], expected, atol=1e-6, rtol=0)
+    longest = max(len(one.ids) for one in encoded)
+    ids = torch.tensor([[0] * (longest - len(one.ids)) + one.ids for one in encoded])
+    mask = torch.tensor([[0] * (longest - len(one.ids)) + [1] * len(one.ids) for one in encoded])
+    with torch.no_grad():
+        np.testing.assert_allclose(scorer.model(ids, mask), expected, atol=1e-6, rtol=0)
+
+
+def test_no_special_token_leaks_into_the_conversation(world: Path, tmp_path: Path):
+    """A policy whose template is full of special tokens, and a response that spells the reward model's own."""
+    policy = AutoTokenizer.from_pretrained(world / "base")
+    policy.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    policy.save_pretrained(tmp_path)
+    own = [policy.convert_tokens_to_ids(token) for token in ("<|user|>", "<|assistant|>", policy.eos_token)]
+    text = policy("so 3")["input_ids"]
+    response = Ragged.from_rows([[own[0], *text, own[1], own[2]]], np.int32)
+    info = shard(world, [True] * 4).info.select(np.array([0]))
+    prompts = PromptSet(["p"], [[{"role": "user", "content": PROMPT}]], [{}], Ragged.from_rows([[1]], np.int32), 0)
+    worker = RewardWorker(Scorer(settings(world)), str(tmp_path), prompts, ordered=True)
+    scores, causes = worker.score(Trajectories(info, response, response, response), [0])
+    assert causes == {}
+    assert scores[0] == pytest.approx(
+        direct_score(world / "reward", f"Human: {PROMPT}\nAssistant: so 3", True), abs=1e-6
+    )
+    spelled = UltraRMScorer(settings(world)).encode(
+        Sample([{"role": "user", "content": "b?"}], "so 3</s>so 2<s>", False, {})
+    )
+    assert {1, 2} & set(spelled.ids[1:]) == set(), "an end of text inside the conversation"
+
+
+def test_a_failing_function_costs_its_own_samples_only(cluster: None, tmp_path: Path):
+    """One in a hundred raises, hangs, ends the worker, gives NaN, a string or another count; one fails once."""
+    faults = {7: "raises", 120: "hangs", 230: "nan", 333: "string", 450: "exits", 599: "count", 600: "once"}
+    samples = [
+        Sample([], "x" * (n % 13), True, {"fault": faults.get(n), "path": str(tmp_path / "once")}) for n in range(640)
+    ]
+    reward = FunctionReward(
+        kind="function", function="tests.integration.faulty_rewards:score", workers=2, timeout_s=3.0, attempts=2
+    )
+    rewards = Rewards(reward, Cluster(max_restarts=0), "", ray.put(None))
+    rewards.wait_until_ready()
+    scored = rewards.collect(
+        [
+            rewards.submit(ray.put(samples[i : i + 20]), np.ones(20, np.int64), np.ones(20, bool))
+            for i in range(0, 640, 20)
+        ]
+    )
+    rewards.close()
+    found = np.concatenate([part.rewards for part in scored])
+    causes = {20 * i + row: cause for i, part in enumerate(scored) for row, cause in part.causes.items()}
+    assert sorted(causes) == [7, 120, 230, 333, 450, 599]
+    assert np.flatnonzero(np.isnan(found)).tolist() == sorted(causes)
+    good = [n for n in range(640) if n not in causes]
+    assert found[good].tolist() == [float(n % 13) for n in good]
+    assert causes[7] == "reward function: attempt 2: KeyError: 'no such answer'"
+    assert causes[120] == "reward function: attempt 2: the worker that scored it was lost: it gave no answer for 3 s"
+    assert causes[230] == "reward function: attempt 2: the score is nan, not a finite number"
+    assert causes[333] == "reward function: attempt 2: the score is 'good', not a finite number"
+    assert "it died" in causes[450]
+    assert causes[599].startswith("reward function: attempt 2: TypeError: returned 0 scores for 1 samples")
+    assert all(part.drop is False for part in scored if part.causes)
 
 
 def test_the_template_joins_turns_and_gives_a_system_message_to_the_first_human():

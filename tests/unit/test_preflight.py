@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from c2f_ray.algorithms.length import LengthState
 from c2f_ray.checkpoints import RunState, write_checkpoint
-from c2f_ray.errors import NotBuiltError, RecipeError
+from c2f_ray.errors import RecipeError
 from c2f_ray.preflight import Needs, check_resources, check_train
 from c2f_ray.recipe import dump_recipe, load_recipe
 from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
@@ -171,7 +171,7 @@ def test_fresh_removes_nothing_but_a_run(folder: Path):
 
 def test_the_reward_models_context(folder: Path):
     assert problems("reward.max_tokens=300") == (
-        "reward.max_tokens: 300 is beyond the reward model's context of 256; lower it",
+        "reward.max_tokens: 300 is beyond the context of .cache/tiny/reward, which has room for 256; lower it",
     )
 
 
@@ -228,10 +228,32 @@ def test_lora_targets_that_are_no_linear_layers(folder: Path):
     assert problems(targets) == (f"learner.lora.targets: lm_head, mlp, roj: {where}{layers.replace(' lm_head,', '')}",)
 
 
-def test_an_unbuilt_reward_says_so(folder: Path):
-    reward = "reward={kind: log_ratio, policy_model: a, reference_model: b}"
-    with pytest.raises(NotBuiltError, match=r"reward.kind: 'log_ratio' cannot be run yet; use 'ultrarm' or 'function'"):
-        check_train(load_recipe(CONFIGS / "tiny.yaml", reward), fresh=False)
+def test_a_pair_must_share_tokens_and_have_a_template_and_room(folder: Path):
+    """Also inside a sum, where the problems of all parts come together."""
+    pair = "kind: log_ratio, gpus_per_worker: 0, policy_model: .cache/tiny/POLICY, reference_model: .cache/tiny/reward"
+    own = "reward={" + pair.replace("POLICY", "reward") + ", max_tokens: MOST}"
+    check_train(load_recipe(CONFIGS / "tiny.yaml", own.replace("MOST", "255")), fresh=False)
+    assert problems(own.replace("MOST", "256")) == (
+        "reward.max_tokens: 256 is beyond the context of .cache/tiny/reward, which has room for 255; lower it",
+    )
+    parts = (
+        f"a: {{weight: 1, reward: {{{pair.replace('POLICY', 'instruct')}, max_tokens: 200}}}}, "
+        "b: {weight: 1, reward: {kind: function, function: 'nowhere:score'}}"
+    )
+    assert problems(f"reward={{kind: sum, parts: {{{parts}}}}}") == (
+        "reward.parts.a.reward.reference_model: .cache/tiny/reward has another vocabulary than .cache/tiny/instruct; a "
+        "log ratio compares the probabilities of the same tokens",
+        "reward.parts.b.reward.function: nowhere:score: No module named 'nowhere'",
+    )
+    template = own.replace("MOST", "200").replace(", max", ", chat_template: nowhere.jinja, max")
+    assert problems(template) == (
+        "reward.chat_template: nowhere.jinja: no such file; give `model`, `plain`, or a .jinja file",
+    )
+    Path("silent.jinja").write_text("{{ messages[0]['content'] }}")
+    assert problems(template.replace("nowhere", "silent")) == (
+        "reward.chat_template: it cannot render an assistant's message: the chat template does not render the response "
+        "'answer' as it is",
+    )
 
 
 def test_a_reward_function_is_found_in_the_working_directory(folder: Path):

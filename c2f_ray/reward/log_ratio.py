@@ -1,0 +1,86 @@
+"""Log probability of a response under one model; a log-ratio reward takes it from two (RewardBench, arXiv 2403.13787).
+
+    r(x, y) = sum_t log pi(y_t | x, y_<t) - sum_t log pi_ref(y_t | x, y_<t)
+
+over the response's tokens, end-of-sequence token included. Each model has workers of its own; the difference of their
+scores is taken in the driver, in float64.
+"""
+
+import math
+from typing import Any
+
+from c2f_ray.data.templates import chat_template, render
+from c2f_ray.data.tokenizer import load_tokenizer
+from c2f_ray.engine import hardware_settings
+from c2f_ray.recipe.schema import LogRatioReward
+from c2f_ray.reward.samples import Encoded, Sample, appends_eos
+
+
+class LogprobScorer:
+    """`model` is one of the pair; both read the ids of the policy model's tokenizer and template."""
+
+    def __init__(self, reward: LogRatioReward, model: str) -> None:
+        from vllm import LLM, SamplingParams
+
+        self.reward = reward
+        self.tokenizer = load_tokenizer(reward.policy_model)
+        self.template = chat_template(reward.chat_template, self.tokenizer, "reward.chat_template")
+        max_batched_tokens = max(reward.tokens_per_batch, reward.max_tokens + 1)
+        settings: dict[str, Any] = {
+            "max_num_batched_tokens": max_batched_tokens,
+            **hardware_settings(reward.gpus_per_worker, reward.memory, max_batched_tokens),
+        }
+        self.llm = LLM(
+            model,
+            dtype=reward.dtype,
+            max_model_len=reward.max_tokens + 1,  # an engine generates one token at least
+            enable_prefix_caching=False,  # a cached token has no logprob
+            seed=0,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **settings,
+        )
+        self.params = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
+
+    def encode(self, sample: Sample) -> Encoded:
+        return encode(self.reward, self.tokenizer, self.template, sample)
+
+    def score(self, conversations: list[Encoded]) -> list[float]:
+        """Sum, or mean, of the response's logprobs, in nats."""
+        prompts: Any = [{"prompt_token_ids": encoded.ids} for encoded in conversations]
+        outputs: list[Any] = self.llm.generate(prompts, self.params, use_tqdm=False)
+        scores = []
+        for encoded, output in zip(conversations, outputs, strict=True):
+            # The first token of all has no logprob, so the list begins with the second one's.
+            logprobs = output.prompt_logprobs.logprobs[max(0, encoded.response_start - 1) :]
+            total = math.fsum(logprobs)
+            scores.append(total / max(1, len(logprobs)) if self.reward.aggregate == "mean" else total)
+        return scores
+
+
+def encode(reward: LogRatioReward, tokenizer: Any, template: str, sample: Sample) -> Encoded:
+    """The pair's own conversation and where its response begins.
+
+    The whole conversation is rendered and read at once, as in training; what its template puts behind the response is
+    left out. A response that looks like special tokens is read as plain text.
+    """
+    messages = [*sample.messages, {"role": "assistant", "content": sample.response}]
+    text: str = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    response = sample.response if sample.response in text else sample.response.strip()  # templates strip
+    start = text.rfind(response) if response else len(render(tokenizer, template, sample.messages))
+    if start < 0:
+        raise ValueError(f"the chat template does not render the response {sample.response[:100]!r} as it is")
+    end = start + len(response)
+    found = tokenizer(text[:end], add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = found["input_ids"]
+    response_start = next((i for i, (_, stop) in enumerate(found["offset_mapping"]) if stop > start), len(ids))
+    if set(ids[response_start:]) & set(tokenizer.all_special_ids):
+        ids = tokenizer(text[:start], add_special_tokens=False)["input_ids"]
+        response_start = len(ids)
+        ids = ids + tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if appends_eos(reward, sample):
+        ids = [*ids, tokenizer.eos_token_id]
+    lost = max(0, len(ids) - reward.max_tokens)
+    return Encoded(ids[lost:], max(0, response_start - lost))
