@@ -35,7 +35,7 @@ format: $(INSTALLED)
 
 # Writes the pins anew from pyproject.toml.
 pins: $(INSTALLED)
-	$(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --extra cpu --extra dev $(TORCH) \
+	$(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --extra cpu --extra tasks --extra dev $(TORCH) \
 		--override requirements/overrides.txt --output-file requirements/cpu.txt pyproject.toml
 	$(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --extra gpu \
 		--output-file requirements/gpu.txt pyproject.toml

@@ -70,7 +70,6 @@ def findings(steps: list[MetricsLine], evaluation: dict[str, Any]) -> list[str]:
     models = {model["name"]: model["metrics"] for model in evaluation["models"]}
     coarse, instruct = models["coarse"], models["instruct"]
     best = evaluation["best"]
-    fine = models[best]
 
     def ends(key: str) -> tuple[float, float]:
         values = [line[key] or 0.0 for line in steps]
@@ -89,13 +88,18 @@ def findings(steps: list[MetricsLine], evaluation: dict[str, Any]) -> list[str]:
             f"the coarse actor repeats {coarse['repeated_lines']:.0%} of its lines and overruns "
             f"{coarse['truncated']:.0%} of the time",
         ),
-        (
-            fine["repeated_lines"] < coarse["repeated_lines"] / 2
-            and fine["reward"] > instruct["reward"]
-            and fine["strict"] > instruct["strict"],
-            f"{best} repeats {fine['repeated_lines']:.0%}, with reward {fine['reward']:.2f} against the instruct "
-            f"model's {instruct['reward']:.2f} and {fine['strict']:.0%} right and ended against "
-            f"{instruct['strict']:.0%}",
-        ),
     ]
+    if best is None:
+        facts.append((False, "a fine actor that evaluate.choose allows"))
+    else:
+        fine = models[best]
+        holds = fine["repeated_lines"] < coarse["repeated_lines"] / 2
+        facts.append(
+            (
+                holds and fine["reward"] > instruct["reward"] and fine["strict"] > instruct["strict"],
+                f"{best} repeats {fine['repeated_lines']:.0%}, with reward {fine['reward']:.2f} against the instruct "
+                f"model's {instruct['reward']:.2f} and {fine['strict']:.0%} right and ended against "
+                f"{instruct['strict']:.0%}",
+            )
+        )
     return [f"{'shown' if holds else 'NOT SHOWN'}: {text}" for holds, text in facts]

@@ -43,5 +43,9 @@ class BadRewardError(C2FError, RuntimeError):
     """A reward was not finite. The text shows the response."""
 
 
+class JudgeError(C2FError, RuntimeError):
+    """The endpoint that judges answers did not answer. The text names it and what it said."""
+
+
 class NonFiniteUpdateError(C2FError, ArithmeticError):
     """An update met infinity or NaN. The text names the quantity and the samples."""

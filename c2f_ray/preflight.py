@@ -339,13 +339,20 @@ def _with_absolute_models(reward: OneReward) -> OneReward:
 
 
 def check_context(
-    config: PreTrainedConfig, prompt_key: str, prompt: int, response_key: str, response: int, owner: str = "model"
+    config: PreTrainedConfig,
+    prompt_key: str,
+    prompt: int,
+    response_key: str,
+    response: int,
+    owner: str = "model",
+    turns: int = 1,
 ) -> None:
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and prompt + response > context:
+    if context is not None and turns * (prompt + response) > context:
+        times = "" if turns == 1 else f", {turns} times,"
         raise RecipeError(
-            f"{prompt_key} {prompt} and {response_key} {response} together are {prompt + response} tokens, beyond "
-            f"the {owner}'s context of {context}; lower one of them"
+            f"{prompt_key} {prompt} and {response_key} {response} together{times} are {turns * (prompt + response)} "
+            f"tokens, beyond the {owner}'s context of {context}; lower one of them"
         )
 
 

@@ -1,5 +1,6 @@
 """Every wait has a deadline, and names what it waited for."""
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -31,3 +32,26 @@ def wait_for_start(refs: list[Any], timeout_s: float, what: str, needs: str) -> 
             f"{what}: {len(refs) - len(ready)} of {len(refs)} did not start in {timeout_s:g} s; "
             f"each needs {needs}, and the cluster has {free or 'nothing'} free"
         ) from None
+
+
+def in_turn(
+    starts: Mapping[str, Callable[[], Any]], at_once: int, timeout_s: float, what: str
+) -> Iterator[tuple[str, Any]]:
+    """Runs one task for each name, `at_once` of them at a time, and yields names and results as they are finished.
+
+    Raises DeadlineError, naming `what` and who, when none is finished in `timeout_s` seconds.
+    """
+    waiting, running = dict(starts), dict[Any, str]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name = next(iter(waiting))
+                running[waiting.pop(name)()] = name
+            done, _ = ray.wait(list(running), timeout=timeout_s)
+            if not done:
+                raise DeadlineError(f"{what} {', '.join(running.values())}: not finished after {timeout_s:g} s")
+            name = running.pop(done[0])
+            yield name, wait_for(done[0], timeout_s, f"{what} {name}")
+    finally:
+        for ref in running:
+            ray.cancel(ref, force=True)

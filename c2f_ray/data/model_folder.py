@@ -63,6 +63,19 @@ def absolute_folder(model: str) -> str:
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
+def stamp(path: Path) -> list[str | int]:
+    """What changes when a file does: its name, size and time of change."""
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def model_stamp(model: str) -> list[list[str | int]] | str:
+    """What changes when a model does: its files, or the commit of it on the hub."""
+    files = find_model("model", model)
+    if files.on_hub:
+        return files.folder.name
+    return [stamp(files.folder / name) for name in sorted(files.names)]
+
+
 def copy_tokenizer(model: str, folder: Path) -> None:
     """Copies a model's tokenizer, chat templates and generation settings into `folder`."""
     source = Path(model)

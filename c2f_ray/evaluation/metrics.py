@@ -6,6 +6,9 @@ A share that a response cannot have (no n-gram, no line) is None and left out of
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+# Columns that every evaluation has.
+RESPONSE_METRICS = ("reward", "length", "truncated", "distinct_4", "repeated_lines")
+
 
 def distinct_n(tokens: Sequence[int], n: int = 4) -> float | None:
     """Unique n-grams over all n-grams of one response's token ids (Li et al. 2016, arXiv 1510.03055, section 5).

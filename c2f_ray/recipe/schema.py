@@ -410,6 +410,84 @@ class Merge(Section):
         return self
 
 
+class Choose(Section):
+    """The best fine actor: the one with most of a metric, among those that are not worse than the instruct model in
+    others. All are columns of the evaluation's table.
+    """
+
+    by: str = "reward"
+    at_most_over_instruct: dict[str, float] = {}  # how much more of a metric it may have than the instruct model
+    at_least_over_instruct: dict[str, float] = {}  # how much more it must have; below 0: how much less it may have
+
+    @model_validator(mode="after")
+    def _more_is_better(self) -> "Choose":
+        if self.by in LESS_IS_BETTER:
+            raise ValueError(f"by {self.by!r}: less of it is better; put it into at_most_over_instruct")
+        return self
+
+
+LESS_IS_BETTER = ("truncated", "repeated_lines", "perplexity", "kl_to_instruct")
+
+
+class Perplexity(Section):
+    texts: str  # held-out texts: a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    split: str = "train"
+    field: str = "text"
+    num_texts: Count | None = None
+    window_tokens: Annotated[int, Field(ge=2)] = 2048  # longer texts are cut, and each piece begins anew
+
+
+class GeneralTask(Section):
+    name: str  # of lm-eval, or of a task in include_path
+    few_shot: Annotated[int, Field(ge=0)] = 0  # examples before each question
+    metric: str = "acc"  # as lm-eval names it, such as acc_norm; with a filter: exact_match,strict-match
+
+
+class LmEval(Section):
+    """General tasks by EleutherAI's lm-eval, which the extra `tasks` installs."""
+
+    tasks: Annotated[list[GeneralTask], Field(min_length=1)]
+    include_path: str | None = None  # a folder of tasks in lm-eval's format, beside its own
+    limit: Count | None = None  # questions of each task; all when not given
+    chat_template: bool = False  # ask in the model's own template
+    batch_size: Count = 16  # on the CPU; on GPUs vLLM batches
+    timeout_s: Positive = 86400  # of all tasks of one model
+
+
+class EndpointJudge(Section):
+    kind: Literal["endpoint"]
+    url: str  # of an OpenAI-compatible API, such as https://api.openai.com/v1
+    model: str
+    api_key_env: str | None = None  # the environment variable that holds the key; null where none is asked for
+    parameters: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}  # sent with every request as they are
+    requests_at_once: Count = 8
+    max_retries: Annotated[int, Field(ge=0)] = 5  # of one request
+    timeout_s: Positive = 120  # of one request
+
+
+class RewardJudge(Section):
+    kind: Literal["reward"]  # the better answer is the one with more of the recipe's own reward
+
+
+class WinRate(Section):
+    """Every model's answers beside those of one of them (Chat1M and AlpacaEval style)."""
+
+    prompts: str  # a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    split: str = "train"
+    field: str = "messages"
+    num_prompts: Count | None = None
+    against: str = "instruct"  # the model that all others are compared with
+    template: str | None = None  # a .jinja file: what an endpoint is asked; of messages, answer_a, answer_b and record
+
+
+class MTBench(Section):
+    """Questions of two turns, each answer scored from 1 to 10 (MT-Bench, arXiv 2306.05685)."""
+
+    questions: str  # a .jsonl file in MT-Bench's own format: question_id, category, turns, and perhaps reference
+    template: str  # a .jinja file: what the judge is asked; of turns, answers and reference up to the turn, and record
+    runs: Count = 1  # each samples its answers anew, at rollout.temperature
+
+
 class Evaluate(Section):
     prompts: str  # held-out questions: a .jsonl or .parquet file, or the name of a Hugging Face dataset
     split: str = "train"
@@ -417,6 +495,28 @@ class Evaluate(Section):
     num_prompts: Count | None = None
     max_tokens: Count = 512  # of a response, decoded greedily
     accuracy: FunctionPath | None = None  # module:name of a grader of one response
+    perplexity: Perplexity | None = None  # of held-out texts
+    kl_to_instruct: bool = False  # nats per token of each model's own responses, over the whole vocabulary
+    lm_eval: LmEval | None = None
+    judge: EndpointJudge | RewardJudge | None = Field(default=None, discriminator="kind")
+    win_rate: WinRate | None = None
+    mt_bench: MTBench | None = None
+    timeout_s: Positive = 3600  # of all forwards of one model
+    choose: Choose | None = None  # links the best fine actor as `fine/best`; null: none is chosen
+
+    @model_validator(mode="after")
+    def _judged_by_one_who_can(self) -> "Evaluate":
+        endpoint = isinstance(self.judge, EndpointJudge)
+        if self.mt_bench and not endpoint:
+            raise ValueError("mt_bench: scores from 1 to 10 need a judge of kind endpoint")
+        if self.win_rate and self.judge is None:
+            raise ValueError("win_rate: give a judge")
+        if self.win_rate and endpoint != (self.win_rate.template is not None):
+            needs = "a judge of kind endpoint needs it" if endpoint else "only a judge of kind endpoint reads it"
+            raise ValueError(f"win_rate.template: {needs}")
+        if self.judge and not (self.win_rate or self.mt_bench):
+            raise ValueError("judge: it has nothing to judge; give win_rate or mt_bench")
+        return self
 
 
 class Recipe(Section):

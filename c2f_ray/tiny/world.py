@@ -21,7 +21,7 @@ from pathlib import Path
 
 from c2f_ray.errors import C2FError
 from c2f_ray.tiny.settings import Effort, Settings, make_settings
-from c2f_ray.tiny.task import draw_question
+from c2f_ray.tiny.task import derived, draw_question
 
 Progress = Callable[[str, float], None]
 STAGE_TIMEOUT_S = 1200.0
@@ -69,8 +69,12 @@ def build_world(folder: Path, seed: int = 0, effort: Effort = "full", progress: 
 
 
 def write_prompts(folder: Path, settings: Settings) -> None:
-    """`train.jsonl` and `heldout.jsonl`, distinct questions of the two splits."""
+    """`train.jsonl` and `heldout.jsonl`, distinct questions of the two splits, and `texts.jsonl`, held-out answers."""
     folder.mkdir()
+    rng = random.Random(f"texts {settings.seed}")
+    texts = [(draw_question(rng, heldout=True), rng.randint(0, 2)) for _ in range(settings.heldout_prompts)]
+    lines = [f"Q:{question.content}\nA:" + "\n".join(derived(question, checks)) for question, checks in texts]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     for split, count in (("train", settings.train_prompts), ("heldout", settings.heldout_prompts)):
         rng = random.Random(f"prompts {split} {settings.seed}")
         questions: dict[str, dict[str, object]] = {}

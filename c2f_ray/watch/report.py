@@ -27,6 +27,11 @@ COLUMNS = [
     ("truncated", "truncated", "{:.1%}"),
     ("distinct_4", "distinct-4", "{:.3f}"),
     ("repeated_lines", "repeated lines", "{:.1%}"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("kl_to_instruct", "KL to instruct", "{:.4f}"),
+    ("win_rate", "win rate", "{:.1%}"),
+    ("mt_bench", "MT-Bench", "{:.2f}"),
+    ("tasks", "tasks", "{:.3f}"),
 ]
 NUM_PROMPTS = 6  # shown with their responses
 MAX_SHOWN = 6000  # characters of one response
@@ -82,9 +87,10 @@ def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
 
 
 def format_table(evaluation: Mapping[str, Any]) -> Table:
-    """The evaluation as a table for the terminal; the best fine actor is marked."""
+    """The evaluation as a table for the terminal; the best fine actor is marked, and each one's verdict is below."""
     content = _table(evaluation)
-    table = Table(title=content["caption"], title_justify="left")
+    verdicts = Text("\n".join(f"{name} {verdict}" for name, verdict in content["verdicts"].items()))
+    table = Table(title=content["caption"], title_justify="left", caption=verdicts, caption_justify="left")
     table.add_column("model")
     for title in content["titles"]:
         table.add_column(title, justify="right")
@@ -100,7 +106,7 @@ def _table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: None for model in models for key, value in model["metrics"].items() if value is not None}
     columns = [entry for entry in COLUMNS if entry[0] in found]
     listed = {key for key, _, _ in COLUMNS}
-    columns += [(key, key, "{:.3f}") for key in found if key not in listed]
+    columns += [(key, key.removeprefix("task/"), "{:.3f}") for key in found if key not in listed]
     rows = [
         {
             "name": model["name"],
@@ -112,6 +118,61 @@ def _table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     caption = f"Held-out prompts, greedy responses of up to {evaluation['max_tokens']} tokens"
     if evaluation["best"]:
         caption += "; * marks the best fine actor"
+    return {
+        "titles": [title for _, title, _ in columns],
+        "rows": rows,
+        "caption": caption,
+        "verdicts": evaluation.get("verdicts", {}),
+        "judged": [table(evaluation) for key, table in JUDGED.items() if key in evaluation],
+    }
+
+
+def _win_rates(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Every model's answers beside those of one of them."""
+    columns = [
+        ("win_rate", "win rate", "{:.1%}"),
+        ("low", "from", "{:.1%}"),
+        ("high", "to", "{:.1%}"),
+        *((key, key, "{:d}") for key in ("wins", "ties", "losses")),
+        ("left_out", "left out", "{:d}"),
+        ("characters", "characters", "{:.0f}"),
+        ("characters_against", "of the other", "{:.0f}"),
+    ]
+    found = evaluation["win_rates"]
+    caption = (
+        f"Against {found['against']}, by {found['judge']}: a tie is half a win; from and to bound the 95% bootstrap "
+        "interval; characters are an answer's mean length; pairs with a verdict that was none are left out"
+    )
+    return _judged_table(found["models"], columns, caption)
+
+
+def _mt_bench(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of two-turn questions, by category."""
+    found = evaluation["mt_bench"]
+    rows = {
+        name: {**row, **row["categories"], "first": row["turns"][0], "second": row["turns"][1]}
+        for name, row in found["models"].items()
+    }
+    categories = list(next(iter(found["models"].values()))["categories"])
+    columns = [("mean", "mean", "{:.2f}"), ("spread", "spread", "{:.2f}")]
+    columns += [(key, title, "{:.2f}") for key, title in (("first", "first turn"), ("second", "second turn"))]
+    columns += [*((category, category, "{:.2f}") for category in categories), ("left_out", "left out", "{:d}")]
+    caption = (
+        f"Scores from 1 to 10 by {found['judge']} over {found['runs']} runs, and the standard deviation between these; "
+        "verdicts that were none are left out"
+    )
+    return _judged_table(rows, columns, caption)
+
+
+JUDGED = {"win_rates": _win_rates, "mt_bench": _mt_bench}
+
+
+def _judged_table(
+    models: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, str, str]], caption: str
+) -> dict[str, Any]:
+    rows = [
+        {"name": name, "cells": [_cell(row[key], form) for key, _, form in columns]} for name, row in models.items()
+    ]
     return {"titles": [title for _, title, _ in columns], "rows": rows, "caption": caption}
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
+from fake_judge import fake_judge
 
 from c2f_ray import load_recipe, train
 from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
-from c2f_ray.evaluation.job import check_evaluate
+from c2f_ray.evaluation.check import check_evaluate
 from c2f_ray.watch.metrics import read_metrics, without_timing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -22,6 +23,13 @@ SMALL = [
     "length.max_tokens=24", "merge.ratios=[0, 0.5]", "evaluate.num_prompts=12", "evaluate.max_tokens=32",
 ]  # fmt: skip
 STEPS, PROMPTS = 3, 12
+JUDGED = [
+    "evaluate.win_rate={prompts: .cache/tiny/prompts/train.jsonl, num_prompts: 4, template: configs/judge/pair.jinja}",
+    "evaluate.mt_bench={questions: questions.jsonl, template: configs/judge/score.jinja, runs: 2}",
+]
+QUESTIONS = """{"question_id": 1, "category": "maths", "turns": ["b=3,b?", "c=b,b=4,c?"], "reference": ["so 3", "so 4"]}
+{"question_id": 2, "category": "writing", "turns": ["a=1,d=a,d?", "e=2,e?"]}
+"""
 
 
 def c2f_ray(folder: Path, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -37,6 +45,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".cache").mkdir()
     (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
     (folder / "configs").symlink_to(CONFIGS, target_is_directory=True)
+    (folder / "questions.jsonl").write_text(QUESTIONS)
     return folder
 
 
@@ -48,10 +57,16 @@ def run(folder: Path) -> Path:
         "merge": "fine actor: runs/tiny/fine/residue-0.5",
         "evaluate": "interpolate-0.5",
     }
-    for command, said in expected.items():
-        done = c2f_ray(folder, command, "configs/tiny.yaml", *SMALL)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert said in done.stdout.replace(str(folder) + "/", "")
+    # A judge who prefers the first answer, and finds every single one worth a 7.
+    with fake_judge(lambda text: "[[A]]" if "[[C]]" in text else "[[7]]") as server:
+        judge = f"evaluate.judge={{kind: endpoint, url: '{server.url}', model: fake}}"
+        for command, said in expected.items():
+            judged = [judge, *JUDGED] if command == "evaluate" else []
+            done = c2f_ray(folder, command, "configs/tiny.yaml", *SMALL, *judged)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert said in done.stdout.replace(str(folder) + "/", "")
+    # Of 7 models: 6 times 4 pairs in both orders, and 7 times 2 runs of 2 questions with 2 turns.
+    assert len(server.requests) == 6 * 4 * 2 + 7 * 2 * 2 * 2
     done = c2f_ray(folder, "report", "runs/tiny")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "tiny"
@@ -95,11 +110,36 @@ def test_the_table_and_the_report_name_every_model(run: Path):
     assert [model["name"] for model in evaluation["models"]] == names
     by_name = {model["name"]: model["metrics"] for model in evaluation["models"]}
     assert by_name["residue-0"] == by_name["interpolate-0"] == by_name["instruct"], "ratio 0 is the instruct model"
-    assert by_name["coarse"] != by_name["base"]
+    assert by_name["residue-0"]["kl_to_instruct"] == 0.0 < by_name["coarse"]["kl_to_instruct"]
+    assert by_name["coarse"]["perplexity"] != by_name["base"]["perplexity"] > 1
     assert by_name[f"coarse@{limit}"]["length"] <= limit < by_name["coarse"]["length"]
+    fine = sorted(path.name for path in (run / "fine").iterdir() if not path.is_symlink())
+    assert list(evaluation["verdicts"]) == fine == names[4:]
+    if best := evaluation["best"]:  # these models know nothing, so the rule may allow none
+        assert (run / "fine" / "best").readlink() == Path(best)
+        assert evaluation["verdicts"][best].startswith("chosen: reward")
     report = (run / "report.html").read_text()
     assert all(name in report for name in names)
     assert "http://" not in report.replace("http://www.w3.org/", "")
+
+
+def test_the_judge_reads_what_each_model_answered(run: Path):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    pairs, scores = evaluation["win_rates"]["models"], evaluation["mt_bench"]["models"]
+    names = [model["name"] for model in evaluation["models"] if "@" not in model["name"]]
+    assert [*pairs, "instruct"] == [name for name in names if name != "instruct"] + ["instruct"]
+    assert {(row["win_rate"], row["low"], row["high"], row["ties"]) for row in pairs.values()} == {(0.5, 0.5, 0.5, 4)}
+    assert list(scores) == names
+    assert {(row["mean"], row["spread"], row["left_out"]) for row in scores.values()} == {(7.0, 0.0, 0)}
+    answers = {}
+    for name in names:
+        (path,) = (run / "evaluation" / "mt_bench").glob(f"{name}.*.parquet")
+        answers[name] = pq.read_table(path).to_pylist()
+    assert [row["sample_id"] for row in answers["base"]] == [0, 1, 2, 3]
+    assert answers["instruct"] == answers["residue-0"] != answers["coarse"], "sampled with the same seeds"
+    texts = {name: [row[f"turn_{turn}"] for row in rows for turn in (1, 2)] for name, rows in answers.items()}
+    assert len(set(texts["coarse"])) == 8, "runs and turns differ"
+    assert "7.00" in (run / "report.html").read_text()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
@@ -205,14 +245,22 @@ def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, command: s
     ("override", "problem"),
     [
         ("evaluate.prompts=nothing.jsonl", "evaluate.prompts: nothing.jsonl: no such file"),
+        ("evaluate.choose.by=rewrd", "evaluate.choose.by: rewrd: this evaluation has no such metric; it has reward, "),
         ("evaluate.accuracy=os:nothing", "evaluate.accuracy: os:nothing: module 'os' has no attribute 'nothing'"),
         ("evaluate.accuracy=os.path:join", "evaluate.accuracy: os.path:join fails on an empty response: TypeError"),
-        ("evaluate.max_tokens=250", "prompts.max_tokens 48 and evaluate.max_tokens 250 together are 298 tokens"),
+        ("evaluate.win_rate.against=coarser", "evaluate.win_rate.against: coarser: no such model; there are base, "),
+        ("evaluate.judge.api_key_env=NO_KEY", "evaluate.judge.api_key_env: NO_KEY: the environment has no such"),
+        ("evaluate.win_rate.template=judge.txt", "evaluate.win_rate.template: judge.txt: no such file"),
+        ("evaluate.mt_bench.questions=configs/tiny.yaml", "neither a .jsonl or .parquet file nor a dataset"),
+        ("evaluate.max_tokens=100", "100 together, 2 times, are 296 tokens, beyond the model's context of 256"),
+        ("evaluate.perplexity.field=txt", "texts.jsonl:1: no field 'txt'; it has text"),
+        ("evaluate.max_tokens=250", "prompts.max_tokens 48 and evaluate.max_tokens 250 together, 2 times, are 596"),
         ("prompts.max_tokens=5", "tokens, more than prompts.max_tokens 5; raise the limit"),
     ],
 )
 def test_what_evaluate_refuses(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, problem: str):
     monkeypatch.chdir(folder)
     with pytest.raises(RecipeError) as error:
-        check_evaluate(load_recipe("configs/tiny.yaml", *SMALL, override))
+        judge = "evaluate.judge={kind: endpoint, url: 'http://127.0.0.1:9', model: fake}"
+        check_evaluate(load_recipe("configs/tiny.yaml", *SMALL, judge, *JUDGED, override))
     assert problem in str(error.value)

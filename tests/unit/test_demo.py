@@ -39,3 +39,5 @@ def test_each_part_that_is_missing_is_said():
     tame = COARSE | {"repeated_lines": 0.1}
     worse = FINE | {"strict": 0.4}
     assert [line.split(":")[0] for line in findings(flat, evaluation(tame, worse))] == ["NOT SHOWN"] * 4
+    none = findings(flat, evaluation(tame, worse) | {"best": None})
+    assert none[3] == "NOT SHOWN: a fine actor that evaluate.choose allows"

@@ -65,6 +65,15 @@ def test_recipes_are_checked_without_torch():
             "learner.algorithm=remx",
             "learner.algorithm: 'remx' is not one of remax, ppo, rejection_sampling; did you mean remax?",
         ),
+        ("evaluate.win_rate={prompts: a.jsonl}", "evaluate: win_rate: give a judge"),
+        (
+            "evaluate.judge={kind: endpont, url: a, model: b}",
+            "evaluate.judge.kind: 'endpont' is not one of endpoint, reward; did you mean endpoint?",
+        ),
+        (
+            "evaluate.choose={by: truncated}",
+            "evaluate.choose: by 'truncated': less of it is better; put it into at_most_over_instruct",
+        ),
         ("run.epochs=2", "run: give exactly one of steps and epochs"),
         ("length.start_tokens=200", "length: start_tokens 200 is more than max_tokens 96"),
         (

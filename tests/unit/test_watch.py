@@ -131,6 +131,7 @@ HOSTILE = "</pre><script>alert('x')</script><img src=http://elsewhere/x.png>"
 EVALUATION = {
     "max_tokens": 128,
     "best": "residue-0.4",
+    "verdicts": {"residue-0.4": "chosen: <most>", "residue-0.8": "lost: too much"},
     "models": [
         {"name": "base", "folder": "b", "metrics": {"reward": -1.0, "length": 20.0, "distinct_4": None}},
         {"name": "coarse@96", "folder": "c", "metrics": {"reward": 0.5, "length": 96.0, "distinct_4": 0.25}},
@@ -207,9 +208,10 @@ def test_the_report_shows_what_the_run_wrote(tmp_path):
     assert page.tags.count("svg") == 5
     models = ["model", "reward", "length", "distinct-4", "base", "coarse@96", "residue-0.4 *"]
     deltas = ["part", "|coarse - base|", "|instruct - base|", "cosine", "layer 0", "layer 1", "norm"]
-    assert page.texts["th"] == models + deltas
+    assert page.texts["th"] == [*models, "residue-0.4", "residue-0.8", *deltas]
     assert page.texts["td"][:9] == ["-1.000", "20.0", "-", "0.500", "96.0", "0.250", "1.250", "40.0", "0.875"]
-    assert page.texts["td"][9:] == ["0.25", "1.5", "-0.500", "0.5", "2", "0.125", "0", "1", "-"]
+    assert page.texts["td"][9:11] == ["chosen: <most>", "lost: too much"]
+    assert page.texts["td"][11:] == ["0.25", "1.5", "-0.500", "0.5", "2", "0.125", "0", "1", "-"]
     pre = page.texts["pre"]
     assert pre[:4] == ["prompt q1", HOSTILE, "again\n" * 1000 + "\n[... 6000 more characters]", "just right"]
     assert pre[4:8] == ["prompt q2", "base on q2", "coarse on q2", "residue-0.4 on q2"]
@@ -276,7 +278,9 @@ def test_the_terminal_shows_the_same_table():
     console = Console(file=io.StringIO(), width=100)
     with console.capture() as captured:
         console.print(format_table(EVALUATION))
-    rows = [re.split(r"[│┃]", row)[1:-1] for row in captured.get().splitlines() if row[0] in "│┃"]
+    lines = captured.get().splitlines()
+    assert [line.strip() for line in lines[-2:]] == ["residue-0.4 chosen: <most>", "residue-0.8 lost: too much"]
+    rows = [re.split(r"[│┃]", row)[1:-1] for row in lines if row[0] in "│┃"]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["model", "reward", "length", "distinct-4"],
         ["base", "-1.000", "20.0", "-"],
