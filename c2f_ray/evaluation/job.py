@@ -30,7 +30,7 @@ from c2f_ray.evaluation.judging import mt_bench, win_rates
 from c2f_ray.evaluation.likelihood import Forward, likelihoods
 from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.evaluation.tasks import run_tasks, task_metrics, tasks_stamp
-from c2f_ray.preflight import with_absolute_folders
+from c2f_ray.preflight import absolute_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import EndpointJudge, LmEval
 from c2f_ray.reward.rewards import Rewards, ScoredShard
@@ -167,6 +167,8 @@ def general_tasks(
     """The metrics of lm-eval's tasks of every model, on the GPUs or the CPUs that the engines have left."""
     task, forward, memory = _task(run_tasks, recipe), _forward(recipe), recipe.rollout.memory
     kept = folder / "evaluation" / "tasks"
+    if settings.include_path is not None:  # a task's working directory need not be the driver's
+        settings = settings.model_copy(update={"include_path": absolute_folder(settings.include_path)})
     stamp = [recipe.policy.dtype, *tasks_stamp(settings)]
     starts = {
         model.name: partial(task.remote, model.folder, forward, memory, settings, kept / kept_name(model, stamp))

@@ -109,7 +109,8 @@ def test_the_table_and_the_report_name_every_model(run: Path):
     names += [f"{method}-{ratio}" for method in ("interpolate", "residue") for ratio in ("0", "0.5")]
     assert [model["name"] for model in evaluation["models"]] == names
     by_name = {model["name"]: model["metrics"] for model in evaluation["models"]}
-    assert by_name["residue-0"] == by_name["interpolate-0"] == by_name["instruct"], "ratio 0 is the instruct model"
+    instruct = by_name["instruct"] | {"win_rate": 0.5}  # the others are compared with it
+    assert by_name["residue-0"] == by_name["interpolate-0"] == instruct, "ratio 0 is the instruct model"
     assert by_name["residue-0"]["kl_to_instruct"] == 0.0 < by_name["coarse"]["kl_to_instruct"]
     assert by_name["coarse"]["perplexity"] != by_name["base"]["perplexity"] > 1
     assert by_name[f"coarse@{limit}"]["length"] <= limit < by_name["coarse"]["length"]
@@ -127,13 +128,13 @@ def test_the_judge_reads_what_each_model_answered(run: Path):
     evaluation = json.loads((run / "evaluation.json").read_text())
     pairs, scores = evaluation["win_rates"]["models"], evaluation["mt_bench"]["models"]
     names = [model["name"] for model in evaluation["models"] if "@" not in model["name"]]
-    assert [*pairs, "instruct"] == [name for name in names if name != "instruct"] + ["instruct"]
+    assert list(pairs) == [name for name in names if name != "instruct"]
     assert {(row["win_rate"], row["low"], row["high"], row["ties"]) for row in pairs.values()} == {(0.5, 0.5, 0.5, 4)}
     assert list(scores) == names
     assert {(row["mean"], row["spread"], row["left_out"]) for row in scores.values()} == {(7.0, 0.0, 0)}
     answers = {}
     for name in names:
-        (path,) = (run / "evaluation" / "mt_bench").glob(f"{name}.*.parquet")
+        (path,) = (run / "evaluation" / "mt_bench").glob(f"{name}.{'?' * 16}.parquet")
         answers[name] = pq.read_table(path).to_pylist()
     assert [row["sample_id"] for row in answers["base"]] == [0, 1, 2, 3]
     assert answers["instruct"] == answers["residue-0"] != answers["coarse"], "sampled with the same seeds"

@@ -223,6 +223,27 @@ def test_the_report_shows_what_the_run_wrote(tmp_path):
     assert page.texts["li"] == []
 
 
+def test_what_a_judge_found_has_tables_of_its_own(tmp_path):
+    fill_run(tmp_path)
+    counts = {"wins": 7, "ties": 2, "losses": 1, "left_out": 3, "characters": 1478.4, "characters_against": 900.0}
+    pairs = {"residue-0.4": {"win_rate": 0.8, "low": 0.625, "high": 0.95, **counts}}
+    scores = {"mean": 7.85, "spread": None, "runs": [7.85], "turns": [8.2, 7.5], "left_out": 4}
+    judged = {
+        "win_rates": {"against": "instruct", "judge": "gpt", "models": pairs},
+        "mt_bench": {
+            "judge": "gpt",
+            "runs": 1,
+            "models": {"base": scores | {"categories": {"maths": 5.5, "stem": None}}},
+        },
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION | judged))
+    page = Page(write_report(tmp_path).read_text())
+    assert page.texts["td"][11:20] == ["80.0%", "62.5%", "95.0%", "7", "2", "1", "3", "1478", "900"]
+    assert page.texts["td"][20:27] == ["7.85", "-", "8.20", "7.50", "5.50", "-", "4"]
+    titles = ["model", "mean", "spread", "first turn", "second turn", "maths", "stem", "left out", "base"]
+    assert titles == page.texts["th"][20:29]
+
+
 def test_several_runs_are_drawn_side_by_side(tmp_path):
     for name in ("remax", "ppo"):
         fill_run(tmp_path / name)
