@@ -3,8 +3,10 @@
 Three random Mistrals of 2 GB of bfloat16 in all are merged by `residue`, which mergekit calls task arithmetic. What is
 timed is the job alone: Ray and its two workers are up, and mergekit is imported. Whole commands, each with its start,
 are timed once beside that. "Plain" reads the same input bytes and writes as many as the outputs have, in two threads,
-without looking at them. Inputs are dropped from the page cache before each run, and outputs are on the disk (fsync)
-at its end, on all sides; mergekit's are synced for it. Sides take turns.
+in blocks of 1 MiB, without looking at them. Inputs are dropped from the page cache before each run, and outputs are on
+the disk (fsync) at its end, on all sides; mergekit's are synced for it. Sides take turns, in another order each round,
+and a goal's figure is the median of the rounds' own ratios. Processor seconds, which depend less on who else uses the
+machine, are given beside the wall times: user and system, without what the kernel's own threads write back.
 
 Memory is the proportional set size of all processes of a side, less what they had before the job began, in a run that
 is not timed. For ours that leaves out Ray itself, which is given beside it.
@@ -35,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "merge.json"
 ROLES = ("base", "coarse", "instruct")
 RATIOS = [0.1, 0.2, 0.3, 0.4, 0.5]
-ROUNDS = 3
+ROUNDS = 5
 WORKERS = 2
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 1024, 3584, 18, 32000
 BLOCK = 1 << 20
@@ -82,7 +84,7 @@ for line in sys.stdin:
 
 
 class Side:
-    """A process that is told what to merge and says how many seconds it took; its memory is watched meanwhile."""
+    """A process that is told what to merge and says how many seconds it took; its memory and time are watched."""
 
     def __init__(self, *command: str) -> None:
         environment = {**os.environ, "RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -98,11 +100,13 @@ class Side:
         self.idle_mib = tree_pss_mib(self.process.pid)
         self.peak_mib = self.idle_mib
 
-    def run(self, told: object) -> float:
+    def run(self, told: object) -> tuple[float, float]:
+        """Wall and processor seconds."""
+        before = tree_cpu_seconds(self.process.pid)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(told) + "\n")
         self.process.stdin.flush()
-        return float(self._answer("seconds"))
+        return float(self._answer("seconds")), tree_cpu_seconds(self.process.pid) - before
 
     def run_watched(self, told: object) -> None:
         """The same, with an eye on its memory, which takes much of a core: its seconds do not count."""
@@ -139,6 +143,12 @@ def tree_pss_mib(pid: int) -> float:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total / 2**20
+
+
+def tree_cpu_seconds(pid: int) -> float:
+    parent = psutil.Process(pid)
+    times = [member.cpu_times() for member in [parent, *parent.children(recursive=True)]]
+    return sum(time.user + time.system for time in times)
 
 
 def make_models(folder: Path) -> None:
@@ -183,11 +193,11 @@ def drop_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def plain(folder: Path, out: Path, num_outputs: int) -> float:
+def plain(folder: Path, out: Path, num_outputs: int) -> tuple[float, float]:
     """Read every input byte once and write the outputs' bytes once: a half of each in each thread."""
     out.mkdir()
     size = (folder / "base" / "model.safetensors").stat().st_size
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(WORKERS) as pool:
         part = size // WORKERS
         list(
@@ -199,7 +209,7 @@ def plain(folder: Path, out: Path, num_outputs: int) -> float:
                 ),
             )
         )
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def _copy(folder: Path, out: Path, start: int, stop: int, num_outputs: int) -> None:
@@ -257,7 +267,10 @@ def command_seconds(*command: str) -> float:
 def main() -> None:
     python = mergekit_python()
     folder = Path(tempfile.mkdtemp(prefix="c2f-merge-"))
-    seconds: dict[str, list[float]] = {side: [] for side in ("ours", "ours_5", "mergekit", "plain", "plain_5")}
+    seconds: dict[str, list[tuple[float, float]]] = {
+        side: [] for side in ("ours", "mergekit", "plain", "ours_5", "plain_5")
+    }
+    load = []
     try:
         make_models(folder)
         input_bytes = sum((folder / role / "model.safetensors").stat().st_size for role in ROLES)
@@ -267,7 +280,8 @@ def main() -> None:
         for side, told in ((ours, one_ratio), (mergekit, same)):  # warm as well
             side.run_watched(told)
             shutil.rmtree(folder / "out")
-        for _ in range(ROUNDS):
+        for i in range(ROUNDS):
+            load.append(os.getloadavg()[0])
             runs = {
                 "ours": lambda: ours.run(one_ratio),
                 "mergekit": lambda: mergekit.run(same),
@@ -275,10 +289,11 @@ def main() -> None:
                 "ours_5": lambda: ours.run(recipe_of(folder, "out", RATIOS)),
                 "plain_5": lambda: plain(folder, folder / "out", len(RATIOS)),
             }
-            for side, run in runs.items():
+            sides = list(runs)
+            for side in sides[i:] + sides[:i]:
                 drop_cache(folder)
-                seconds[side].append(run())
-                print(f"{side}: {seconds[side][-1]:.2f} s", flush=True)
+                seconds[side].append(runs[side]())
+                print(f"{side}: {seconds[side][-1][0]:.2f} s", flush=True)
                 shutil.rmtree(folder / "out")
         ours.close()
         mergekit.close()
@@ -292,29 +307,41 @@ def main() -> None:
         commands["mergekit"] = command_seconds(yaml_command, str(folder / "config.yaml"), str(folder / "out2"))
     finally:
         shutil.rmtree(folder)
-    report(seconds, commands, ours, mergekit, input_bytes)
+    report(seconds, commands, ours, mergekit, input_bytes, load)
+
+
+def spread(taken: list[float]) -> dict[str, float]:
+    return {"minimum": round(min(taken), 2), "median": round(median(taken), 2), "maximum": round(max(taken), 2)}
 
 
 def report(
-    seconds: dict[str, list[float]], commands: dict[str, float], ours: Side, mergekit: Side, input_bytes: int
+    seconds: dict[str, list[tuple[float, float]]],
+    commands: dict[str, float],
+    ours: Side,
+    mergekit: Side,
+    input_bytes: int,
+    load: list[float],
 ) -> None:
-    middle = {side: median(taken) for side, taken in seconds.items()}
-    more, plain_more = middle["ours_5"] - middle["ours"], middle["plain_5"] - middle["plain"]
+    wall = {side: [taken[0] for taken in times] for side, times in seconds.items()}
+    cpu = {side: [taken[1] for taken in times] for side, times in seconds.items()}
+    rounds = [dict(zip(wall, times, strict=True)) for times in zip(*wall.values(), strict=True)]
     ours_mib, mergekit_mib = ours.peak_mib - ours.idle_mib, mergekit.peak_mib - mergekit.idle_mib
     ratios = {
-        "wall_over_mergekit": (middle["ours"] / middle["mergekit"], 1 / 3),
-        "wall_over_plain": (middle["ours"] / middle["plain"], 1.25),
-        "more_for_5_ratios_over_plain": (more / plain_more, 1.0),
+        "wall_over_mergekit": (median(r["ours"] / r["mergekit"] for r in rounds), 1 / 3),
+        "wall_over_plain": (median(r["ours"] / r["plain"] for r in rounds), 1.25),
+        "more_for_5_ratios_over_plain": (
+            median((r["ours_5"] - r["ours"]) / (r["plain_5"] - r["plain"]) for r in rounds),
+            1.0,
+        ),
         "memory_over_mergekit": (ours_mib / mergekit_mib, 1 / 4),
     }
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {package: version(package) for package in ("ray", "torch", "safetensors")} | {"mergekit": "0.1.5"},
         "input_gib": round(input_bytes / 2**30, 2),
-        "seconds": {
-            side: {"minimum": round(min(taken), 2), "median": round(median(taken), 2), "maximum": round(max(taken), 2)}
-            for side, taken in seconds.items()
-        },
+        "load_average": {"minimum": round(min(load), 1), "maximum": round(max(load), 1)},
+        "seconds": {side: spread(taken) for side, taken in wall.items()},
+        "processor_seconds": {side: spread(taken) for side, taken in cpu.items()},
         "seconds_of_the_whole_command": {side: round(taken, 1) for side, taken in commands.items()},
         "peak_memory_mib": {
             name: {"of_the_job": round(side.peak_mib - side.idle_mib), "before_it": round(side.idle_mib)}

@@ -134,14 +134,27 @@ def round_to_bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-@pytest.mark.parametrize("method", ["residue", "interpolate", "task_arithmetic", "slerp"])
+def ties_in_numpy(i, c, b, r, scale, threshold):
+    delta_i, delta_c = i - b, np.where(np.abs(c - b) < threshold, np.float32(0), c - b)
+    plus = delta_i + r * delta_c >= 0
+    weight_i = np.where(plus, delta_i > 0, delta_i < 0).astype(np.float32)
+    weight_c = r * np.where(plus, delta_c > 0, delta_c < 0).astype(np.float32)
+    total = weight_i + weight_c
+    mean = (weight_i * delta_i + weight_c * delta_c) / np.where(total == 0, np.float32(1), total)
+    return b + scale * mean
+
+
+@pytest.mark.parametrize("method", ROLES)
 def test_bf16_is_rounded_once_from_float32(method):
     generator = torch.Generator().manual_seed(0)
     inputs = {role: torch.randn(20_001, generator=generator).to(torch.bfloat16) for role in MODELS}
     i, c, b = (inputs[role].float().numpy() for role in MODELS)
     r, rest, scale = np.float32(0.3), np.float32(0.7), np.float32(1.1)
     wide = widen(inputs, scratch(20_001))
-    settings = Settings(scale=1.1)
+    settings = Settings(scale=1.1)  # of the coarse delta, ties and dare keep a half
+    factors = {role: drop_factors(drop_generator(0, "a", role), 20_001, 0.5) for role in ("instruct", "coarse")}
+    kept_i, kept_c = (factors[role].numpy() for role in ("instruct", "coarse"))
+    threshold = np.sort(np.abs(c - b))[-10_000]
     whole = look_at_whole(lambda: iter([wide]), 20_001, {method}, settings)
     angle = np.arccos(
         np.float64(i.astype(np.float64) @ c)
@@ -154,8 +167,10 @@ def test_bf16_is_rounded_once_from_float32(method):
         "task_arithmetic": b + scale * ((i - b) + r * (c - b)),
         "slerp": np.float32(np.sin(0.7 * angle) / np.sin(angle)) * i
         + np.float32(np.sin(0.3 * angle) / np.sin(angle)) * c,
+        "ties": ties_in_numpy(i, c, b, r, scale, threshold),
+        "dare": b + scale * ((i - b) * kept_i + r * ((c - b) * kept_c)),
     }[method]
-    fine = merge_piece(method, wide, 0.3, settings, whole, {}).to(torch.bfloat16)
+    fine = merge_piece(method, wide, 0.3, settings, whole, factors).to(torch.bfloat16)
     assert np.array_equal(fine.view(torch.uint16).numpy(), round_to_bf16(expected))
 
 
