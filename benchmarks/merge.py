@@ -274,6 +274,16 @@ def main() -> None:
     try:
         make_models(folder)
         input_bytes = sum((folder / role / "model.safetensors").stat().st_size for role in ROLES)
+        drop_cache(folder)
+        commands = {
+            "ours": command_seconds(sys.executable, "-m", "c2f_ray", "merge", *recipe_of(folder, "out", RATIOS[:1]))
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(mergekit_config(folder, RATIOS[0])))
+        drop_cache(folder)
+        yaml_command = str(Path(python).parent / "mergekit-yaml")
+        commands["mergekit"] = command_seconds(yaml_command, str(folder / "config.yaml"), str(folder / "out2"))
+        for name in ("out", "out2"):
+            shutil.rmtree(folder / name)
         ours, mergekit = Side(sys.executable, "-c", OURS, str(WORKERS)), Side(python, "-c", MERGEKIT)
         one_ratio = recipe_of(folder, "out", RATIOS[:1])
         same = [mergekit_config(folder, RATIOS[0]), str(folder / "out")]
@@ -297,14 +307,6 @@ def main() -> None:
                 shutil.rmtree(folder / "out")
         ours.close()
         mergekit.close()
-        drop_cache(folder)
-        commands = {
-            "ours": command_seconds(sys.executable, "-m", "c2f_ray", "merge", *recipe_of(folder, "out", RATIOS[:1]))
-        }
-        (folder / "config.yaml").write_text(yaml.safe_dump(mergekit_config(folder, RATIOS[0])))
-        drop_cache(folder)
-        yaml_command = str(Path(python).parent / "mergekit-yaml")
-        commands["mergekit"] = command_seconds(yaml_command, str(folder / "config.yaml"), str(folder / "out2"))
     finally:
         shutil.rmtree(folder)
     report(seconds, commands, ours, mergekit, input_bytes, load)
