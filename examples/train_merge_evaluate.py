@@ -1,6 +1,6 @@
 """A whole run in one script: `python examples/train_merge_evaluate.py [RECIPE] [key=value ...]`.
 
-Each part goes on from what is there, so a script that was stopped is simply started again.
+A script that was stopped is simply started again: training and merge go on from where they were.
 """
 
 import sys
@@ -10,7 +10,8 @@ from c2f_ray import evaluate, load_recipe, merge, train
 path, *overrides = sys.argv[1:] or ["configs/tiny.yaml"]
 recipe = load_recipe(path, *overrides)
 folder = train(recipe)
-fine = merge(recipe)
+if not (folder / "fine").is_dir():  # it is there when all of it is
+    merge(recipe)
 evaluation = evaluate(recipe)
 rewards = {model["name"]: model["metrics"]["reward"] for model in evaluation["models"]}
-print(f"{folder}: {len(fine)} fine actors; best: {evaluation['best']}, reward {rewards.get(evaluation['best'])}")
+print(f"{folder}: best of {', '.join(rewards)}: {evaluation['best']}, reward {rewards.get(evaluation['best'])}")

@@ -4,6 +4,8 @@ import logging
 import os
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -28,7 +30,7 @@ def diagnose(recipe: Recipe | None, *, all_nodes: bool) -> Iterator[tuple[str, l
     started = not ray.is_initialized()
     found = [*token(), *connect()]
     if ray.is_initialized():
-        found += resources(recipe)
+        found += [*guard(ray.get_runtime_context().gcs_address), *resources(recipe)]
     yield "Ray", found
     if all_nodes and ray.is_initialized():
         yield from each_node(recipe)
@@ -76,11 +78,33 @@ def connect() -> Iterator[Finding]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:
-        if address == "auto" and isinstance(error, ConnectionError):
-            yield ok("Ray: no cluster runs here; a run starts one of its own, on this machine")
-            return
         told = str(error).strip().splitlines()[0]
-        yield failure(f"Ray: {address}: {told}", "use the cluster's token, Python and Ray version here")
+        if address == "auto" and "Could not find any running Ray instance" in told:
+            yield ok("Ray: no cluster runs here; a run starts one of its own, on this machine")
+        else:
+            yield failure(f"Ray: {address}: {told}", "use the cluster's token, Python and Ray version here")
+
+
+def guard(address: str) -> Iterator[Finding]:
+    """Whether the cluster refuses a token that is not its own. The client goes on trying; its first word counts."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    command = [sys.executable, "-c", f"import ray; ray.init({address!r}, log_to_driver=False); print('JOINED')"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        words = ("JOINED", "InvalidAuthToken")
+        said = next((word for line in process.stdout for word in words if word in line), None)
+        process.kill()
+    if said == "InvalidAuthToken":
+        yield ok("Ray: refuses a wrong token")
+    elif said == "JOINED":
+        yield failure(
+            "Ray: takes any token: who reaches the cluster's ports can run code there",
+            "start every node with RAY_AUTH_MODE=token, after ray get-auth-token --generate",
+        )
+    else:
+        yield warning("Ray: what it does with a wrong token could not be found out", "try ray status with one")
 
 
 def _unreachable(host: str, port: str) -> str | None:

@@ -6,6 +6,7 @@ from math import ceil
 from operator import itemgetter
 from typing import Any
 
+from c2f_ray.errors import RecipeError
 from c2f_ray.plan.clusters import Actor, Gpu, Nodes, actors_of, place
 from c2f_ray.plan.memory import (
     GIB,
@@ -19,7 +20,7 @@ from c2f_ray.plan.memory import (
     reward_memory,
     trainable,
 )
-from c2f_ray.plan.model import read_model
+from c2f_ray.plan.model import ModelShape, read_model
 from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import Models, Step, step, transfer_bytes
 from c2f_ray.recipe.schema import (
@@ -58,11 +59,24 @@ class Estimate:
 
 
 def read_models(recipe: Recipe) -> Models:
-    critic = None
-    if isinstance(recipe.learner, PPOLearner):
-        critic = read_model("learner.critic.model", critic_model(recipe))
-    scoring = [read_model(each.key, each.model) if each.model else None for each in scorings(recipe)]
-    return Models(read_model("policy.model", recipe.policy.model), critic, scoring)
+    """Raises RecipeError with the problems of all of them."""
+    problems: list[str] = []
+
+    def read(key: str, model: str | None) -> ModelShape | None:
+        try:
+            return read_model(key, model) if model else None
+        except RecipeError as error:
+            problems.extend(error.problems)
+            return None
+
+    policy = read("policy.model", recipe.policy.model)
+    ppo = isinstance(recipe.learner, PPOLearner)
+    own_critic = ppo and critic_model(recipe) != recipe.policy.model
+    critic = read("learner.critic.model", critic_model(recipe)) if own_critic else policy
+    scoring = [read(each.key, each.model) for each in scorings(recipe)]
+    if problems or policy is None:
+        raise RecipeError(*problems)
+    return Models(policy, critic if ppo else None, scoring)
 
 
 def estimate(recipe: Recipe, nodes: Nodes, network: float) -> Estimate:

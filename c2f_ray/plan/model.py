@@ -108,10 +108,12 @@ def read_model(key: str, model: str) -> ModelShape:
             return PUBLISHED[model]
         file = _cached(model)
     if file is None:
-        raise RecipeError(
-            f"{where}: no config.json there, nor in the hub's cache; give a model folder (for the demo's models run "
-            f"make demo first), or fetch it: hf download {model} config.json"
+        remedy = (
+            f"fetch it: hf download {model} config.json"
+            if _on_hub(model)
+            else "give a model's folder (make demo makes the demo's)"
         )
+        raise RecipeError(f"{where}: no config.json there; {remedy}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         return _shape(where, config)
@@ -121,8 +123,13 @@ def read_model(key: str, model: str) -> ModelShape:
         raise RecipeError(f"{where}: {file} is not a model's configuration ({error!r}); copy it again") from None
 
 
+def _on_hub(model: str) -> bool:
+    """Whether it can be a name there."""
+    return model.count("/") == 1 and not model.startswith((".", "/"))
+
+
 def _cached(model: str) -> Path | None:
-    if model.count("/") != 1 or model.startswith((".", "/")):
+    if not _on_hub(model):
         return None
     from huggingface_hub import try_to_load_from_cache
 

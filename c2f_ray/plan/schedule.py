@@ -1,4 +1,4 @@
-"""Seconds of a step by role, from data sheets' rates: what to expect within a factor of two, before the first run."""
+"""Seconds of a step by role, from the rates of data sheets: not yet compared with a run on GPUs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

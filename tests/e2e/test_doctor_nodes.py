@@ -27,19 +27,27 @@ finally:
 
 
 def test_every_node_is_checked_and_they_reach_each_other(tmp_path):
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    token = tmp_path / "token"
+    token.write_text("ab" * 32)
+    token.chmod(0o600)
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    env["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(ROOT / "configs/tiny.yaml"), f"run.folder={tmp_path}/runs"],
         capture_output=True, text=True, env=env, timeout=300, check=False,
     )  # fmt: skip
-    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert ran.returncode == 1, ran.stdout
+    assert "Traceback" not in ran.stderr, ran.stderr
     lines = ran.stdout.splitlines()
     assert sum(line.startswith("node ") for line in lines) == 2
     assert lines.count("  ok       recipe tiny") == 3
     # An engine, a reward worker and two ranks on two CPUs.
-    (failure,) = (line for line in lines if line.startswith("  failure"))
-    assert failure.startswith(
+    (no_room,) = (line for line in lines if line.startswith("  failure"))
+    assert no_room.startswith(
         "  failure  Ray: 2 nodes, 0 GPUs, 2 CPUs: 2 of the recipe's actors (learner) find no room; add nodes"
     )
+    assert f"  ok       Ray's token: in {token}" in lines
+    assert "  ok       Ray: refuses a wrong token" in lines
+    assert "ab" * 32 not in ran.stdout + ran.stderr
     assert f"  ok       run folder: all nodes see {tmp_path}" in lines
     assert "  ok       broadcast over gloo: between 2 nodes" in lines

@@ -22,14 +22,14 @@ def fake_jobs(monkeypatch, tmp_path) -> list[tuple]:
     def train(recipe):
         calls.append(("train", recipe))
         folder = tmp_path / recipe.run.name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         last = {"reward/mean": 0.25, "length/mean": 20.0, "length/limit": recipe.length.max_tokens}
         (folder / "metrics.jsonl").write_text(json.dumps({"reward/mean": 0.0}) + "\n" + json.dumps(last) + "\n")
         return folder
 
     def merge(recipe):
         calls.append(("merge", recipe))
-        return [tmp_path / "residue-0.2", tmp_path / "residue-0.4"]
+        (tmp_path / recipe.run.name / "fine").mkdir()
 
     def evaluate(recipe):
         calls.append(("evaluate", recipe))
@@ -50,7 +50,10 @@ def test_train_merge_evaluate(monkeypatch, capsys, fake_jobs, tmp_path):
     run(monkeypatch, "train_merge_evaluate.py", RECIPE, "run.seed=7")
     assert [name for name, _ in fake_jobs] == ["train", "merge", "evaluate"]
     assert {recipe.run.seed for _, recipe in fake_jobs} == {7}
-    assert capsys.readouterr().out == f"{tmp_path}/tiny: 2 fine actors; best: residue-0.4, reward 0.4\n"
+    said = f"{tmp_path}/tiny: best of residue-0.2, residue-0.4: residue-0.4, reward 0.4\n"
+    assert capsys.readouterr().out == said
+    run(monkeypatch, "train_merge_evaluate.py", RECIPE, "run.seed=7")
+    assert [name for name, _ in fake_jobs[3:]] == ["train", "evaluate"]  # what is merged stays
 
 
 def test_sweep_over_length_rules(monkeypatch, capsys, fake_jobs, tmp_path):

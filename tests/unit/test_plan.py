@@ -63,6 +63,12 @@ def test_parameters_as_transformers_has_them(kind, tmp_path):
 def test_a_model_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"policy.model: .*/none: no config.json"):
         read_model("policy.model", str(tmp_path / "none"))
+    with pytest.raises(RecipeError) as error:
+        read_models(seed("mistral_c2f", "policy.model=other/policy", "reward.model=none"))
+    assert error.value.problems == (
+        "policy.model: other/policy: no config.json there; fetch it: hf download other/policy config.json",
+        "reward.model: none: no config.json there; give a model's folder (make demo makes the demo's)",
+    )
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(RecipeError, match=r"does not know models of type 'gpt2'; it knows llama"):
         read_model("policy.model", str(tmp_path))
