@@ -88,6 +88,54 @@ def convert_reward(
 
 
 @app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of ray up, a KubeRay manifest, or a Slurm script.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs, in place of a file; else as many as needed.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Beside --gpus.")] = 8,
+    gpu: Annotated[str | None, typer.Option(help="Type of GPU, such as A100-80G or H100.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="In place of its type's memory.")] = None,
+    network_gbits: Annotated[float, typer.Option(min=0.1, help="Network between nodes, Gbit/s.")] = 100,
+) -> None:
+    """Say what a recipe will need: memory, placement, seconds, disk. Needs neither a GPU nor the models' weights."""
+    loaded = _load(recipe, overrides)
+    from c2f_ray.plan.clusters import chosen_nodes
+    from c2f_ray.plan.estimate import estimate
+    from c2f_ray.plan.table import format_estimate
+
+    network = network_gbits * 1e9 / 8
+    nodes = chosen_nodes(loaded, cluster, gpus, gpus_per_node, gpu, gpu_memory_gib)
+    found = estimate(loaded, nodes, network)
+    Console().print(format_estimate(found, network))
+    for problem in found.problems:
+        print(f"does not fit: {problem}", file=sys.stderr)
+    if found.problems:
+        sys.exit(1)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Checks what it names as well.")] = None,
+    overrides: Overrides = None,
+    all_nodes: Annotated[bool, typer.Option("--all-nodes", help="On every node of the Ray cluster.")] = False,
+) -> None:
+    """Check versions, GPUs, Ray, disks, models and the network; exit code 1 where something must be mended."""
+    loaded = _load(recipe, overrides) if recipe else None
+    from c2f_ray.doctor.cluster import diagnose
+
+    failed = False
+    for where, findings in diagnose(loaded, all_nodes=all_nodes):
+        print(f"{where}:")
+        for finding in findings:
+            print(f"  {finding}", flush=True)
+        failed = failed or any(finding.level == "failure" for finding in findings)
+    sys.exit(int(failed))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")],
     beside: Annotated[list[Path] | None, typer.Argument(metavar="[OTHER ...]", help="Runs to show beside it.")] = None,

@@ -51,6 +51,7 @@ class Rollouts:
     rewards: Float32
     parts: dict[str, float]  # mean of each reward of a sum, over the sampled ones
     dropped: int  # trajectories without a reward, or without the greedy one to compare it with
+    ready: float  # share of the scores that were there when the last rollout was
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -236,6 +237,7 @@ class Training:
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
             "reward/dropped": rollouts.dropped,
+            "reward/ready": rollouts.ready,
             **{f"rewards/{name}": value for name, value in rollouts.parts.items()},
             "length/limit": limit,
             "length/mean": float(lengths.mean()),
@@ -336,6 +338,7 @@ class Training:
                 infos.append(info)
                 asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
         with self.timed("reward", progress):
+            ready = self.rewards.ready(asked)
             scored = self.rewards.collect(asked)
         info = TrajectoryInfo.concat(infos)
         order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
@@ -348,7 +351,7 @@ class Training:
             name: float(np.concatenate([shard.parts[name] for shard in scored])[sampled].mean())
             for name in scored[0].parts
         }
-        rollouts = Rollouts(shards, scored, info.select(good), rewards[good], parts, len(info) - len(good))
+        rollouts = Rollouts(shards, scored, info.select(good), rewards[good], parts, len(info) - len(good), ready)
         self.refuse_unscored(rollouts)
         return rollouts
 

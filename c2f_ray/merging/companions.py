@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from blake3 import blake3
 from huggingface_hub import metadata_load
+from xxhash import xxh3_128
 
 from c2f_ray.data.model_folder import copy_tokenizer
 from c2f_ray.data.shards import write_index
@@ -34,9 +34,9 @@ def write_companions(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> N
 
 
 def _input_summary(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, object]]:
-    """Folder, configuration and content digest of each input.
+    """Folder, configuration and checksum of each input.
 
-    ``tensors_blake3`` is the BLAKE3 digest of the lines ``NAME BLAKE3(tensor bytes)\\n`` in order of name: it was
+    ``tensors_xxh3_128`` is the XXH3-128 of the lines ``NAME XXH3-128(tensor bytes)\\n`` in order of name: it was
     computed while merging, and stays the same when a model is saved again in other shards.
     """
     summary: dict[str, dict[str, object]] = {}
@@ -46,7 +46,7 @@ def _input_summary(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> dic
         summary[role] = {
             "folder": str(folder),
             "tensors": len(tensors),
-            "tensors_blake3": blake3(lines.encode()).hexdigest(),
+            "tensors_xxh3_128": xxh3_128(lines.encode()).hexdigest(),
             "config": json.loads((folder / "config.json").read_text(encoding="utf-8")),
         }
     return summary
@@ -78,7 +78,7 @@ def _manifest(
         "allow": plan.recipe.allow,
         "tokens_kept_from_instruct": plan.models.absent_tokens,
         "inputs": {role: inputs[role] for role in ROLES[variant.method]},
-        "files_blake3": dict(files),
+        "files_xxh3_128": dict(files),
         "versions": plan.identity["versions"],
     }
 
@@ -90,7 +90,7 @@ def _card(plan: MergePlan, variant: Variant, manifest: Mapping[str, Any]) -> str
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["merge", "c2f_ray"], **own}
     rows = "".join(
         f"| {role} | `{inputs[role]['folder']}` | {card.get('license', 'not stated')} "
-        f"| `{inputs[role]['tensors_blake3']}` |\n"
+        f"| `{inputs[role]['tensors_xxh3_128']}` |\n"
         for role, card in cards.items()
     )
     ratio = manifest["ratio"]
@@ -107,11 +107,11 @@ instruct model by `{variant.method}` at {said}:
 computed in float32 for every tensor and rounded once. Tokenizer, chat template, generation settings and
 configuration are the instruct model's. The licences of all the models below apply.
 
-| role | model | licence | BLAKE3 of its tensors |
+| role | model | licence | XXH3-128 of its tensors |
 |---|---|---|---|
 {rows}
-`merge.json` holds the same facts and all settings, the models' configurations, the BLAKE3 digest of each weight file
-(`b3sum` prints it) and the versions used.
+`merge.json` holds the same facts and all settings, the models' configurations, the XXH3-128 checksum of each weight
+file (`xxh128sum` prints it) and the versions used.
 """
 
 

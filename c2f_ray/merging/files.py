@@ -3,17 +3,40 @@
 The library maps a file into memory, or wants all tensors of an output at once; neither bounds a merge's memory.
 """
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import torch
-from blake3 import blake3
 from torch import Tensor
+from xxhash import xxh3_128
 
 from c2f_ray.data.shards import TORCH_DTYPES
 from c2f_ray.errors import C2FError
+
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not be so large",
+}
+
+
+@contextmanager
+def room_in(folder: Path) -> Iterator[None]:
+    """Raises C2FError when there is no room for what is written; ``folder`` is where the work is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise C2FError(
+            f"merge: {FULL[error.errno]}: not all could be written into {folder}. Make room and merge again: what is "
+            "finished there is kept"
+        ) from None
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -40,16 +63,13 @@ class InputFile:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
-    def read(self, start: int, count: int) -> Tensor:
-        """``count`` bytes from ``start`` on, as uint8."""
-        data = torch.empty(count, dtype=torch.uint8)
-        view = data.numpy().data
+    def read(self, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``start`` on."""
         while view:
             got = os.preadv(self.file.fileno(), [view], start)
             if not got:
                 raise C2FError(f"merge: {self.path} ends at byte {start}, before its tensors do: copy it again")
             start, view = start + got, view[got:]
-        return data
 
 
 class TensorReader:
@@ -61,20 +81,23 @@ class TensorReader:
         self.dtype = TORCH_DTYPES[entry["dtype"]]
         self.shape = tuple(entry["shape"])
         self.next = file.start + entry["data_offsets"][0]
-        self.digest = blake3()
+        self.digest = xxh3_128()
 
-    def read(self, count: int) -> Tensor:
-        """The next ``count`` elements, in their own dtype."""
-        data = self.file.read(self.next, count * self.dtype.itemsize)
-        self.next += data.numel()
-        self.digest.update(data.numpy().data)
+    def read(self, count: int, scratch: Tensor | None = None) -> Tensor:
+        """The next ``count`` elements, in their own dtype; in ``scratch``, uint8, where it is given."""
+        size = count * self.dtype.itemsize
+        data = torch.empty(size, dtype=torch.uint8) if scratch is None else scratch[:size]
+        view = data.numpy().data
+        self.file.read(self.next, view)
+        self.digest.update(view)
+        self.next += size
         return data.view(self.dtype)
 
 
 class OutputFile:
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
-        self.digest = blake3()
+        self.digest = xxh3_128()
 
     def __enter__(self) -> "OutputFile":
         return self

@@ -19,7 +19,7 @@ from c2f_ray.data.shards import Shard
 from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging.companions import write_companions
 from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
-from c2f_ray.merging.files import replace_file
+from c2f_ray.merging.files import replace_file, room_in
 from c2f_ray.merging.plan import MergePlan, check_merge
 from c2f_ray.merging.shards import Work, merge_shard
 from c2f_ray.preflight import Needs
@@ -44,27 +44,28 @@ def run_merge(plan: MergePlan) -> list[Path]:
     """
     strategy = _strategy(plan)
     aside = plan.aside
-    if not plan.goes_on():
-        shutil.rmtree(aside, ignore_errors=True)  # of a merge of something else
-        aside.mkdir(parents=True)
-        replace_file(aside / "plan.json", json.dumps(plan.identity))
-    if not plan.published.exists():
-        shutil.rmtree(aside / "tmp", ignore_errors=True)  # what was being written
-        for name in ("tmp", "records", *(variant.name for variant in plan.variants)):
-            (aside / name).mkdir(exist_ok=True)
-        _run_tasks(plan, [shard for shard in plan.shards if not _record(plan, shard).exists()], strategy)
-        records = [json.loads(_record(plan, shard).read_text()) for shard in plan.shards]
-        write_companions(plan, records)
-        if "base" in plan.models.folders:
-            (aside / DIAGNOSIS).write_text(json.dumps(diagnose(records), indent=1) + "\n")
-        plan.published.touch()
-    plan.out.mkdir(exist_ok=True)
-    for name in (variant.name for variant in plan.variants):
-        if (aside / name).exists():
-            (aside / name).rename(plan.out / name)
-    if (aside / DIAGNOSIS).exists():
-        (aside / DIAGNOSIS).rename(plan.out.with_name(DIAGNOSIS))
-    shutil.rmtree(aside)
+    with room_in(aside):
+        if not plan.goes_on():
+            shutil.rmtree(aside, ignore_errors=True)  # of a merge of something else
+            aside.mkdir(parents=True)
+            replace_file(aside / "plan.json", json.dumps(plan.identity))
+        if not plan.published.exists():
+            shutil.rmtree(aside / "tmp", ignore_errors=True)  # what was being written
+            for name in ("tmp", "records", *(variant.name for variant in plan.variants)):
+                (aside / name).mkdir(exist_ok=True)
+            _run_tasks(plan, [shard for shard in plan.shards if not _record(plan, shard).exists()], strategy)
+            records = [json.loads(_record(plan, shard).read_text()) for shard in plan.shards]
+            write_companions(plan, records)
+            if "base" in plan.models.folders:
+                (aside / DIAGNOSIS).write_text(json.dumps(diagnose(records), indent=1) + "\n")
+            plan.published.touch()
+        plan.out.mkdir(exist_ok=True)
+        for name in (variant.name for variant in plan.variants):
+            if (aside / name).exists():
+                (aside / name).rename(plan.out / name)
+        if (aside / DIAGNOSIS).exists():
+            (aside / DIAGNOSIS).rename(plan.out.with_name(DIAGNOSIS))
+        shutil.rmtree(aside)
     return [plan.out / variant.name for variant in plan.variants]
 
 

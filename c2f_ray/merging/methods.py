@@ -67,33 +67,35 @@ def copied_role(method: str, ratio: float, settings: Settings) -> str | None:
     return "instruct" if ratio == 0 and added_whole and not trimmed else None
 
 
-def residue(instruct: Tensor, delta_c: Tensor, ratio: float) -> Tensor:
+def residue(instruct: Tensor, delta_c: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
     """Knowledge Residue Merger: ``instruct + r * delta_c``.
 
     Mistral-C2F (arXiv 2406.08657) names it and publishes no formula: this one is ours.
     """
-    return (delta_c * ratio).add_(instruct)
+    return torch.mul(delta_c, ratio, out=out).add_(instruct)
 
 
-def interpolate(instruct: Tensor, coarse: Tensor, ratio: float) -> Tensor:
+def interpolate(instruct: Tensor, coarse: Tensor, ratio: float, out: Tensor | None = None) -> Tensor:
     """``(1 - r) * instruct + r * coarse`` (ours). It is `residue` minus ``r * delta_i``."""
-    return _weighted(instruct, 1 - ratio, coarse, ratio)
+    return _weighted(instruct, 1 - ratio, coarse, ratio, out)
 
 
-def task_arithmetic(base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float) -> Tensor:
+def task_arithmetic(
+    base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float, out: Tensor | None = None
+) -> Tensor:
     """``base + s * (delta_i + r * delta_c)``: arXiv 2212.04089, section 2, with a weight for the second task vector."""
-    return (delta_c * ratio).add_(delta_i).mul_(scale).add_(base)
+    return torch.mul(delta_c, ratio, out=out).add_(delta_i).mul_(scale).add_(base)
 
 
-def slerp(instruct: Tensor, coarse: Tensor, ratio: float, cosine: float) -> Tensor:
+def slerp(instruct: Tensor, coarse: Tensor, ratio: float, cosine: float, out: Tensor | None = None) -> Tensor:
     """Spherical linear interpolation (Shoemake, SIGGRAPH 1985) of flattened tensors; the lengths are interpolated too.
 
     ``cosine`` is that of the whole tensors. Beyond +-PARALLEL it is `interpolate`.
     """
     if abs(cosine) > PARALLEL:
-        return interpolate(instruct, coarse, ratio)
+        return interpolate(instruct, coarse, ratio, out)
     angle = acos(cosine)
-    return _weighted(instruct, sin((1 - ratio) * angle) / sin(angle), coarse, sin(ratio * angle) / sin(angle))
+    return _weighted(instruct, sin((1 - ratio) * angle) / sin(angle), coarse, sin(ratio * angle) / sin(angle), out)
 
 
 def ties(base: Tensor, delta_i: Tensor, delta_c: Tensor, ratio: float, scale: float, whole: Whole) -> Tensor:
@@ -123,11 +125,15 @@ def dare(
     return kept_c.mul_(ratio).add_(kept_i).mul_(scale).add_(base)
 
 
-def widen(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `merge_piece` takes: the models in float32 by role and, where the base model is among them, the deltas."""
-    wide = {role: values.float() for role, values in inputs.items()}
+def widen(inputs: Mapping[str, Tensor], scratch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `merge_piece` takes: the models in float32 by role and, where the base model is among them, the deltas.
+
+    They are written into ``scratch``, float32 tensors of the same names that are as long or longer.
+    """
+    wide = {role: scratch[role][: values.numel()].copy_(values) for role, values in inputs.items()}
     if "base" in wide:
-        wide |= {"delta_i": wide["instruct"] - wide["base"], "delta_c": wide["coarse"] - wide["base"]}
+        for delta, role in (("delta_i", "instruct"), ("delta_c", "coarse")):
+            wide[delta] = torch.sub(wide[role], wide["base"], out=scratch[delta][: wide[role].numel()])
     return wide
 
 
@@ -138,19 +144,23 @@ def merge_piece(
     settings: Settings,
     whole: Whole,
     factors: Mapping[str, Tensor],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """One piece of a tensor by the method of that name; ``wide``, of `widen`, is not changed."""
+    """One piece of a tensor by the method of that name; ``wide``, of `widen`, is not changed.
+
+    ``out``, as in torch, is memory that the result may be written into.
+    """
     match method:
         case "residue":
-            return residue(wide["instruct"], wide["delta_c"], ratio)
+            return residue(wide["instruct"], wide["delta_c"], ratio, out)
         case "interpolate":
-            return interpolate(wide["instruct"], wide["coarse"], ratio)
+            return interpolate(wide["instruct"], wide["coarse"], ratio, out)
         case "slerp":
-            return slerp(wide["instruct"], wide["coarse"], ratio, whole.cosine)
+            return slerp(wide["instruct"], wide["coarse"], ratio, whole.cosine, out)
     onto_base = (wide["base"], wide["delta_i"], wide["delta_c"], ratio, settings.scale)
     match method:
         case "task_arithmetic":
-            return task_arithmetic(*onto_base)
+            return task_arithmetic(*onto_base, out)
         case "ties":
             return ties(*onto_base, whole)
         case "dare":
@@ -224,6 +234,6 @@ def _bucket(pieces: Iterable[Tensor], keep: int) -> tuple[int, int]:
     return bucket, keep - int(at_least[bucket] - counts[bucket])
 
 
-def _weighted(a: Tensor, weight_a: float, b: Tensor, weight_b: float) -> Tensor:
+def _weighted(a: Tensor, weight_a: float, b: Tensor, weight_b: float, out: Tensor | None) -> Tensor:
     # Not torch.lerp or add(alpha=): a fused multiplication would round differently at the ends of a vector.
-    return (a * weight_a).add_(b * weight_b)
+    return torch.mul(a, weight_a, out=out).add_(b * weight_b)

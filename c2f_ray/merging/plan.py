@@ -20,9 +20,9 @@ from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Merge
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers", "blake3")
+VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers")
 NUM_SHARDS = 32  # about: as many tasks can work at the same time
-SHARD_BYTES = (2**27, MAX_SHARD_BYTES)  # least and most
+SHARD_BYTES = (2**25, MAX_SHARD_BYTES)  # least and most
 
 
 @dataclass(frozen=True)

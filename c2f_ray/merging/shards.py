@@ -4,12 +4,12 @@ Names, shapes and dtypes are known before the first weight is read, so each outp
 inputs go by.
 """
 
-import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from c2f_ray.data.shards import TORCH_DTYPES, Shard, header, raw_bytes
 from c2f_ray.errors import C2FError
-from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file
+from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file, room_in
 from c2f_ray.merging.methods import (
     NEED_WHOLE_TENSOR,
     Settings,
@@ -31,12 +31,7 @@ from c2f_ray.merging.methods import (
     widen,
 )
 
-PIECE = 1 << 16  # elements of each tensor at a time; more leave the cache, fewer are overhead
-FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "files may not be so large",
-}
+PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache, fewer are overhead
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Work:
 def merge_shard(shard: Shard, work: Work) -> None:
     """Write one file of every variant, and then its record, which says that they are complete.
 
-    The record `records/FILE.json` holds BLAKE3 hex digests, ``inputs`` of each tensor's bytes by role and name and
+    The record `records/FILE.json` holds XXH3-128 hex digests, ``inputs`` of each tensor's bytes by role and name and
     ``files`` of each variant's whole file, and ``sums`` by tensor: |coarse - base|^2, |instruct - base|^2 and
     their product, where the base model is read.
 
@@ -74,26 +69,21 @@ def merge_shard(shard: Shard, work: Work) -> None:
     early, and when there is no room for an output.
     """
     temporary = {variant.name: work.aside / "tmp" / f"{variant.name}-{uuid4().hex}" for variant in work.variants}
-    try:
-        record = _write_files(shard, work, temporary)
-        for name, path in temporary.items():
-            path.rename(work.aside / name / shard.file_name)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise C2FError(
-            f"merge: {FULL[error.errno]}: {shard.file_name} could not be written into {work.aside}. Make room and "
-            "merge again: what is finished there is kept"
-        ) from None
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    replace_file(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record))
+    with room_in(work.aside):
+        try:
+            record = _write_files(shard, work, temporary)
+            for name, path in temporary.items():
+                path.rename(work.aside / name / shard.file_name)
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+        replace_file(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record))
 
 
 def _write_files(shard: Shard, work: Work, paths: Mapping[str, Path]) -> dict[str, object]:
     """Write one shard of every variant to ``paths`` and return its record."""
     digests: dict[str, dict[str, str]] = {role: {} for role in work.files}
+    scratch = Scratch()
     sums: dict[str, list[float]] = {}
     with ExitStack() as stack:
         needed = {by_name[name] for by_name in work.files.values() for name in shard.tensors}
@@ -103,12 +93,20 @@ def _write_files(shard: Shard, work: Work, paths: Mapping[str, Path]) -> dict[st
             output.write(header(shard))
         for name, (dtype, _) in shard.tensors.items():
             models = {role: TensorReader(inputs[by_name[name]], name) for role, by_name in work.files.items()}
-            sums[name] = _merge_tensor(name, TORCH_DTYPES[dtype], models, work, outputs)
+            sums[name] = _merge_tensor(name, TORCH_DTYPES[dtype], models, work, outputs, scratch)
             for role, reader in models.items():
                 digests[role][name] = reader.digest.hexdigest()
         for output in outputs.values():
             output.sync()
     return {"inputs": digests, "files": {name: o.digest.hexdigest() for name, o in outputs.items()}, "sums": sums}
+
+
+class Scratch:
+    """Memory for one piece that the next one uses again: to touch fresh pages costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.raw: dict[str, Tensor] = defaultdict(lambda: torch.empty(4 * PIECE, dtype=torch.uint8))
+        self.wide: dict[str, Tensor] = defaultdict(lambda: torch.empty(PIECE))
 
 
 @dataclass(frozen=True)
@@ -120,49 +118,74 @@ class _Piece:
         return self.inputs if self.absent is None else {r: v[~self.absent] for r, v in self.inputs.items()}
 
 
+def _read_tensor(
+    readers: Mapping[str, TensorReader],
+    rows: Mapping[str, Tensor] | None,
+    used: Set[str],
+    settings: Settings,
+    scratch: Scratch,
+) -> tuple[Iterator[_Piece], Whole]:
+    """One tensor of all models in pieces, and what the methods in ``used`` must see of all of it first.
+
+    A piece may lie in ``scratch``: it is there until the next one is taken.
+    """
+    count = prod(readers["instruct"].shape)
+    if rows is None and used.isdisjoint(NEED_WHOLE_TENSOR):
+
+        def stream() -> Iterator[_Piece]:
+            for part in _parts(count):
+                size = part.stop - part.start
+                yield _Piece({role: reader.read(size, scratch.raw[role]) for role, reader in readers.items()}, None)
+
+        return stream(), Whole()
+
+    tensors = {role: reader.read(prod(reader.shape)).view(reader.shape) for role, reader in readers.items()}
+    absent = _align_rows(tensors, rows) if rows is not None else None
+    flat = {role: tensor.reshape(-1) for role, tensor in tensors.items()}
+
+    def pieces() -> Iterator[_Piece]:
+        for part in _parts(count):
+            cut = {role: tensor[part] for role, tensor in flat.items()}
+            yield _Piece(cut, None if absent is None else absent[part])
+
+    def wide() -> Iterator[dict[str, Tensor]]:
+        return (widen(piece.present(), scratch.wide) for piece in pieces())
+
+    present = count if absent is None else int((~absent).sum())
+    return pieces(), look_at_whole(wide, present, used, settings)
+
+
 def _merge_tensor(
-    name: str, dtype: torch.dtype, readers: Mapping[str, TensorReader], work: Work, outputs: Mapping[str, OutputFile]
+    name: str,
+    dtype: torch.dtype,
+    readers: Mapping[str, TensorReader],
+    work: Work,
+    outputs: Mapping[str, OutputFile],
+    scratch: Scratch,
 ) -> list[float]:
     """Merge one tensor for all variants; returns its sums, see `merge_shard`."""
-    rows = work.rows.get(name)
     used = {variant.method for variant in work.variants}
-    if rows is not None or not used.isdisjoint(NEED_WHOLE_TENSOR):
-        tensors = {role: reader.read(prod(reader.shape)).view(reader.shape) for role, reader in readers.items()}
-        absent = _align_rows(tensors, rows) if rows is not None else None
-        flat = {role: tensor.reshape(-1) for role, tensor in tensors.items()}
-        count = flat["instruct"].numel()
-
-        def pieces() -> Iterator[_Piece]:
-            for part in _parts(count):
-                cut = {role: tensor[part] for role, tensor in flat.items()}
-                yield _Piece(cut, None if absent is None else absent[part])
-
-        present = count if absent is None else int((~absent).sum())
-        whole = look_at_whole(lambda: (widen(p.present()) for p in pieces()), present, used, work.settings)
-    else:
-        count, whole = prod(readers["instruct"].shape), Whole()
-
-        def pieces() -> Iterator[_Piece]:
-            for part in _parts(count):
-                yield _Piece({role: reader.read(part.stop - part.start) for role, reader in readers.items()}, None)
-
+    pieces, whole = _read_tensor(readers, work.rows.get(name), used, work.settings, scratch)
     densities = {"instruct": work.settings.instruct_density, "coarse": work.settings.coarse_density}
     generators = {role: drop_generator(work.settings.seed, name, role) for role in densities} if "dare" in used else {}
     sums = [0.0, 0.0, 0.0]
-    for piece in pieces():
-        wide = widen(piece.inputs)
+    for piece in pieces:
+        wide = widen(piece.inputs, scratch.wide)
         size = wide["instruct"].numel()
+        out, narrow = scratch.wide["fine"][:size], scratch.raw["fine"][: size * dtype.itemsize].view(dtype)
         factors = {role: drop_factors(random, size, densities[role]) for role, random in generators.items()}
         for variant in work.variants:
             ratio = variant.ratios[name]
             copied = copied_role(variant.method, ratio, work.settings)
             if copied:
-                fine = piece.inputs[copied].to(dtype)
+                fine = wide[copied]
             else:
-                fine = merge_piece(variant.method, wide, ratio, work.settings, whole, factors).to(dtype)
+                fine = merge_piece(variant.method, wide, ratio, work.settings, whole, factors, out)
             if piece.absent is not None:
-                fine = torch.where(piece.absent, piece.inputs["instruct"].to(dtype), fine)
-            if not isfinite(fine.sum(dtype=torch.float32).item()) and not torch.isfinite(fine).all():
+                fine = torch.where(piece.absent, wide["instruct"], fine)
+            square = fine.dot(fine).item()  # no element is larger than its root
+            fine = narrow.copy_(fine)
+            if not square <= torch.finfo(dtype).max ** 2 and not torch.isfinite(fine).all():
                 said = str(dtype).removeprefix("torch.")
                 raise C2FError(
                     f"merge: {variant.name} has values in {name} that are not finite in {said}: check the inputs, "

@@ -91,6 +91,11 @@ class RewardPool:
         self._call(scoring, list(range(len(tokens))), 0, None)
         return scoring
 
+    def known(self, scoring: Scoring) -> int:
+        """How many of its rows have a score or a cause by now."""
+        self._take_answers(0.0)
+        return int(np.isfinite(scoring.scores).sum()) + len(scoring.causes)
+
     def collect(self, scorings: list[Scoring]) -> None:
         """Returns when each row of these has a score or a cause."""
         wanted = {id(scoring) for scoring in scorings}

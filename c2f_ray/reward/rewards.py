@@ -59,6 +59,16 @@ class Rewards:
         """Sends a reference to Trajectories, or to a list of Sample, to be scored."""
         return _Asked(finished, [[p.submit(shard, tokens) for _, _, p in pools] for pools in self.pools.values()])
 
+    def ready(self, asked: list[_Asked]) -> float:
+        """The share of their scores that are known by now."""
+        known = [
+            pool.known(scoring)
+            for shard in asked
+            for pools, scorings in zip(self.pools.values(), shard.scorings, strict=True)
+            for (_, _, pool), scoring in zip(pools, scorings, strict=True)
+        ]
+        return sum(known) / (sum(len(shard.finished) for shard in asked) * len(self._all()))
+
     def collect(self, asked: list[_Asked]) -> list[ScoredShard]:
         """The rewards of each shard."""
         for number, pools in enumerate(self.pools.values()):

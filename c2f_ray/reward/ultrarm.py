@@ -30,10 +30,16 @@ class UltraRM(LlamaPreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores [batch] of `input_ids` [batch, tokens], padded on either side: the head on the last attended state."""
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
-        hidden = found.last_hidden_state
-        last = attention_mask.cumsum(dim=1).argmax(dim=1).to(hidden.device)
+        ends = attention_mask.cumsum(dim=1)
+        # No token sees padding at its right, so that needs no mask, which would cost the fast causal attention.
+        unmasked = bool(attention_mask[:, 0].all())
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=None if unmasked else attention_mask,
+            position_ids=None if unmasked else (ends - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        last = ends.argmax(dim=1).to(hidden.device)
         return self.regression_head(hidden[torch.arange(len(last)), last]).squeeze(-1)
 
 

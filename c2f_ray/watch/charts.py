@@ -58,6 +58,7 @@ def charts(lines: Sequence[MetricsLine]) -> dict[str, str]:
     with mpl.rc_context(STYLE):
         for title, draw in [
             ("Reward", _reward),
+            ("Held-out reward by round", _heldout),
             ("Response length (tokens)", _length),
             ("KL to the reference policy", _kl),
             ("Critic", _critic),
@@ -148,6 +149,24 @@ def _reward(lines: Sequence[MetricsLine]) -> Figure | None:
         ("reward/greedy_mean", "greedy", {"color": SERIES[1], "linestyle": "--"}),
     ]
     return figure if _draw(axes, lines, series) else None
+
+
+def _heldout(lines: Sequence[MetricsLine]) -> Figure | None:
+    """Rejection sampling's rounds, from before the first; the peak, which was exported, is marked."""
+    best = column(lines, "heldout/best_of_n")
+    if best is None:
+        return None
+    figure, (axes,) = _figure()
+    before: MetricsLine = {"step": 0, "heldout/best_of_n": lines[0].get("heldout/before")}
+    series: list[Series] = [
+        ("heldout/best_of_n", "best of each prompt", {"color": SERIES[0]}),
+        ("heldout/reward", "mean", {"color": SERIES[1], "linestyle": "--"}),
+    ]
+    _draw(axes, [before, *lines], series)
+    peak = int(np.nanargmax(best))
+    axes.plot([lines[peak]["step"]], [best[peak]], marker="o", markersize=7, color=SERIES[0], fillstyle="none")
+    axes.set_xlabel("round")
+    return figure
 
 
 def _length(lines: Sequence[MetricsLine]) -> Figure | None:

@@ -27,5 +27,5 @@ def score(samples):
 
 
 def slow(samples):
-    time.sleep(0.05)
+    time.sleep(0.15)
     return [1.0] * len(samples)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from blake3 import blake3
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+from xxhash import xxh3_128
 
 from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging import job
@@ -157,22 +157,22 @@ def test_the_manifest_can_be_checked_by_hand(cluster, tmp_path):
     manifests = [json.loads((folder / "merge.json").read_text()) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
         assert manifest["ratio"] == 0.25
-        assert manifest["files_blake3"] == {
-            "model.safetensors": blake3((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert manifest["files_xxh3_128"] == {
+            "model.safetensors": xxh3_128((folder / "model.safetensors").read_bytes()).hexdigest()
         }
     assert manifests[0]["formula"] == "fine = instruct + ratio * (coarse - base)"
     assert set(manifests[0]["inputs"]) == set(ROLES)
     assert set(manifests[1]["inputs"]) == {"coarse", "instruct"}  # interpolation has no use for the base model
     for role, said in manifests[0]["inputs"].items():
         lines = "".join(
-            f"{name} {blake3(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()}\n"
+            f"{name} {xxh3_128(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()}\n"
             for name, tensor in sorted(load_folder(models[role]).items())
         )
-        assert said["tensors_blake3"] == blake3(lines.encode()).hexdigest()
+        assert said["tensors_xxh3_128"] == xxh3_128(lines.encode()).hexdigest()
         assert said["folder"] == str(models[role])
         assert said["config"] == json.loads((models[role] / "config.json").read_text())
     card = (folders[0] / "README.md").read_text()
-    assert manifests[0]["inputs"]["coarse"]["tensors_blake3"] in card
+    assert manifests[0]["inputs"]["coarse"]["tensors_xxh3_128"] in card
     assert metadata_load(folders[0] / "README.md")["license"] == "llama3"
     assert f"| base | `{models['base']}` | apache-2.0 |" in card
     assert f"| coarse | `{models['coarse']}` | not stated |" in card

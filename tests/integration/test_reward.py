@@ -1,5 +1,6 @@
 """The UltraRM worker against a direct forward of the same checkpoint, written here anew."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,28 @@ def test_no_special_token_leaks_into_the_conversation(world: Path, tmp_path: Pat
         Sample([{"role": "user", "content": "b?"}], "so 3</s>so 2<s>", False, {})
     )
     assert {1, 2} & set(spelled.ids[1:]) == set(), "an end of text inside the conversation"
+
+
+def fake_slow_rollouts():
+    """Forty shards of four samples, one every tenth of a second: an engine's pace."""
+    for _ in range(40):
+        time.sleep(0.1)
+        yield [Sample([], "x", True, {})] * 4
+
+
+def test_scores_are_ready_when_the_last_rollout_is(cluster: None):
+    """Scoring takes 8 of the 4 seconds of one worker: two keep up, and nine tenths are there at the end."""
+    reward = FunctionReward(
+        kind="function", function="tests.integration.faulty_rewards:slow", workers=2, timeout_s=30.0
+    )
+    rewards = Rewards(reward, Cluster(), "", ray.put(None))
+    rewards.wait_until_ready()
+    asked = [rewards.submit(ray.put(shard), np.ones(4, np.int64), np.ones(4, bool)) for shard in fake_slow_rollouts()]
+    ready = rewards.ready(asked)
+    scored = rewards.collect(asked)
+    rewards.close()
+    assert ready >= 0.9
+    assert np.concatenate([part.rewards for part in scored]).tolist() == [1.0] * 160
 
 
 def test_a_failing_function_costs_its_own_samples_only(cluster: None, tmp_path: Path):

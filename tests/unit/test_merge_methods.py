@@ -34,6 +34,10 @@ DELTA_C = torch.tensor([2.0, 0.5, -3.0, 4.0])
 MODELS = {"instruct": INSTRUCT, "coarse": COARSE, "base": BASE}
 
 
+def scratch(count: int) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(count) for name in (*MODELS, "delta_i", "delta_c")}
+
+
 def test_residue_and_interpolate():
     assert residue(INSTRUCT, DELTA_C, 0.5).tolist() == [2.0, -1.75, 1.5, 2.0]
     assert interpolate(INSTRUCT, COARSE, 0.25).tolist() == [1.25, -1.125, 1.75, 1.5]
@@ -136,7 +140,7 @@ def test_bf16_is_rounded_once_from_float32(method):
     inputs = {role: torch.randn(20_001, generator=generator).to(torch.bfloat16) for role in MODELS}
     i, c, b = (inputs[role].float().numpy() for role in MODELS)
     r, rest, scale = np.float32(0.3), np.float32(0.7), np.float32(1.1)
-    wide = widen(inputs)
+    wide = widen(inputs, scratch(20_001))
     settings = Settings(scale=1.1)
     whole = look_at_whole(lambda: iter([wide]), 20_001, {method}, settings)
     angle = np.arccos(
@@ -157,7 +161,7 @@ def test_bf16_is_rounded_once_from_float32(method):
 
 @pytest.mark.parametrize("method", ROLES)
 def test_inputs_are_not_changed(method):
-    wide = widen(MODELS)
+    wide = widen(MODELS, scratch(9))
     assert (wide["delta_i"].tolist(), wide["delta_c"].tolist()) == (DELTA_I.tolist(), DELTA_C.tolist())
     before = {role: values.clone() for role, values in wide.items()}
     factors = {"instruct": torch.full((4,), 2.0), "coarse": torch.full((4,), 2.0)}

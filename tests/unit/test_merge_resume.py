@@ -1,10 +1,12 @@
 """A merge that is killed at any point and run again ends with the bytes of an undisturbed one. No Ray."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,33 +71,39 @@ class Death(BaseException):
     """The process is gone: nothing that it would still do, such as cleaning up, happens."""
 
 
-# All through which a merge changes what is on the disk.
-STEPS = [(Path, name) for name in ("rename", "mkdir", "touch", "write_text", "unlink")]
-STEPS += [(OutputFile, "write"), (os, "fsync"), (shutil, "rmtree"), (shutil, "copyfile")]
+# All through which a merge changes what is on the disk; the first take room there.
+WRITES = [(Path, name) for name in ("rename", "mkdir", "touch", "write_text")]
+WRITES += [(OutputFile, "write"), (os, "fsync"), (shutil, "copyfile")]
+STEPS = [*WRITES, (Path, "unlink"), (shutil, "rmtree")]
 
 
 def run_and_die(root: Path, at: int) -> bool:
     """Merge, and die at the step number ``at``; whether it came to it."""
-    steps = 0
+    try:
+        run_until(root, at, STEPS, Death())
+    except Death:
+        return True
+    return False
 
-    def dying(do: Callable) -> Callable:
+
+def run_until(root: Path, at: int, steps: list[tuple[Any, str]], end: BaseException) -> None:
+    """Merge, with all from the step number ``at`` on raising ``end``."""
+    done = 0
+
+    def ending(do: Callable) -> Callable:
         def step(*args, **options):
-            nonlocal steps
-            steps += 1
-            if steps >= at:
-                raise Death
+            nonlocal done
+            done += 1
+            if done >= at:
+                raise end
             return do(*args, **options)
 
         return step
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in STEPS:
-            patch.setattr(owner, name, dying(getattr(owner, name)))
-        try:
-            run_merge(plan_in(root, "killed"))
-        except Death:
-            return True
-    return False
+        for owner, name in steps:
+            patch.setattr(owner, name, ending(getattr(owner, name)))
+        run_merge(plan_in(root, "killed"))
 
 
 def test_killed_at_any_point_and_run_again(root):
@@ -114,6 +122,28 @@ def test_killed_at_any_point_and_run_again(root):
         at += 1
     assert at > 50
     assert went_on > 25
+
+
+def test_a_disk_that_fills_up_at_any_point(root):
+    """Every failure has one clear error, leaves whole models or none, and is made good by merging again."""
+    run_merge(plan_in(root, "undisturbed"))
+    expected = contents(root / "undisturbed")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    at = 1
+    while True:
+        try:
+            run_until(root, at, WRITES, full)
+            break
+        except C2FError as error:
+            said = f"merge: the disk is full: not all could be written into {root / 'killed' / 'fine.partial'}."
+            assert str(error).startswith(said)
+        for folder in (root / "killed" / "fine").glob("*"):
+            assert contents(folder) == contents(root / "undisturbed" / "fine" / folder.name)
+        run_merge(plan_in(root, "killed"))
+        assert contents(root / "killed") == expected
+        shutil.rmtree(root / "killed")
+        at += 1
+    assert at > 40
 
 
 def test_what_is_finished_is_not_done_again_and_only_for_the_same_merge(root, monkeypatch):

@@ -1,0 +1,152 @@
+"""Seconds of a step by role, from data sheets' rates: what to expect within a factor of two, before the first run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from c2f_ray.plan.clusters import Gpu
+from c2f_ray.plan.memory import WIDTH, Engine, has_reference, trainable
+from c2f_ray.plan.model import ModelShape
+from c2f_ray.plan.rewards import scorings
+from c2f_ray.recipe.schema import (
+    FunctionReward,
+    LogRatioReward,
+    PPOLearner,
+    Recipe,
+    RejectionSamplingLearner,
+    ReMaxLearner,
+)
+
+# Shares of a data sheet's peak that kernels reach, and what is not on it. Of ours, on the careful side of what is
+# published for models of this size; arXiv 2205.05198 reports 42% to 56% of an A100's peak in training.
+TRAINING = 0.40  # of the peak FLOPs
+FORWARD = 0.50
+DECODING = 0.60  # of the memory's bandwidth
+NODE_LINK = 200e9  # bytes a second between the GPUs of one node
+HOST_MEMORY = 10e9  # bytes a second that AdamW touches on one CPU thread, where the optimizer is offloaded
+ADAM_BYTES = 28  # of a parameter that AdamW reads and writes
+
+ASSUMPTIONS = (
+    "every prompt and every response is as long as its limit allows",
+    f"kernels reach {TRAINING:.0%} of the GPU's bfloat16 peak in training, {FORWARD:.0%} in forward passes, and "
+    f"{DECODING:.0%} of its memory's bandwidth in decoding (shares of ours; peaks from the data sheets)",
+    f"ranks of one node exchange {NODE_LINK / 1e9:.0f} GB/s; an offloaded AdamW touches {HOST_MEMORY / 1e9:.0f} GB/s",
+    "rewards are computed while rollouts still run; learning follows, and then the weights cross the network once",
+)
+
+
+@dataclass(frozen=True)
+class Models:
+    policy: ModelShape
+    critic: ModelShape | None
+    reward: list[ModelShape | None]  # as `scorings` has them; a function is None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step's parts."""
+
+    rollout: float
+    reward: float
+    learner: float
+    weights: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.rollout, self.reward) + self.learner + self.weights
+
+
+def num_rollouts(recipe: Recipe) -> int:
+    """Of one step; rejection sampling samples its held-out prompts too."""
+    per_prompt = recipe.rollout.samples_per_prompt + isinstance(recipe.learner, ReMaxLearner)
+    heldout = 0
+    if isinstance(recipe.learner, RejectionSamplingLearner) and recipe.evaluate:
+        heldout = recipe.evaluate.num_prompts or 0
+    return (recipe.prompts.per_step + heldout) * per_prompt
+
+
+def step(recipe: Recipe, models: Models, gpu: Gpu, engine: Engine, response: int, network: float, node: int) -> Step:
+    """One step whose responses have ``response`` tokens.
+
+    ``network``: bytes a second between nodes; ``node``: GPUs of a node, among which learner ranks are quicker.
+    """
+    prompt = recipe.prompts.max_tokens
+    return Step(
+        rollout=_rollout(recipe, models.policy, gpu, engine, prompt, response),
+        reward=_reward(recipe, models.reward, gpu, prompt + response),
+        learner=_learner(recipe, models, gpu, prompt, response, NODE_LINK if recipe.learner.ranks <= node else network),
+        weights=transfer_bytes(recipe, models.policy) / network,
+    )
+
+
+def transfer_bytes(recipe: Recipe, policy: ModelShape) -> float:
+    return WIDTH[recipe.policy.dtype] * policy.parameters
+
+
+def _rollout(recipe: Recipe, policy: ModelShape, gpu: Gpu, engine: Engine, prompt: int, response: int) -> float:
+    """A decoding step reads all weights and all keys and values; or multiplies, where that takes longer."""
+    rollout, width = recipe.rollout, WIDTH[recipe.policy.dtype]
+    share = ceil(num_rollouts(recipe) / rollout.actors)
+    together = max(1, min(share, engine.in_flight))
+    read = width * (policy.parameters + together * (prompt + response / 2) * policy.kv_elements)
+    multiply = policy.forward_flops(together, prompt + response, head=True)
+    gpus = rollout.gpus_per_actor
+    token = max(read / (gpus * gpu.bandwidth * DECODING), multiply / (gpus * gpu.flops * FORWARD))
+    prefill = policy.forward_flops(share * prompt, prompt, head=False) / (gpus * gpu.flops * FORWARD)
+    return share / together * response * token + prefill
+
+
+def _reward(recipe: Recipe, models: list[ModelShape | None], gpu: Gpu, length: int) -> float:
+    """Of the slowest, for they work side by side. What does not run on GPUs has no known rate, and counts as none."""
+    seconds = 0.0
+    for scoring, shape in zip(scorings(recipe), models, strict=True):
+        reward = scoring.reward
+        if isinstance(reward, FunctionReward) or shape is None or reward.gpus_per_worker == 0:
+            continue
+        read = min(length, reward.max_tokens)
+        judges = isinstance(reward, LogRatioReward)
+        flops = shape.forward_flops(num_rollouts(recipe) * read, read, head=judges)
+        seconds = max(seconds, flops / (reward.workers * reward.gpus_per_worker * gpu.flops * FORWARD))
+    return seconds
+
+
+def _learner(recipe: Recipe, models: Models, gpu: Gpu, prompt: int, response: int, link: float) -> float:
+    learner, width = recipe.learner, WIDTH[recipe.policy.dtype]
+    samples, length = recipe.prompts.per_step * recipe.rollout.samples_per_prompt, prompt + response
+    if isinstance(learner, RejectionSamplingLearner):
+        samples = ceil(recipe.prompts.per_step * learner.top_fraction)  # the best of each prompt
+    micro_batches = ceil(samples * length / (learner.ranks * learner.tokens_per_microbatch))
+    seconds = 0.0
+    for shape, head, forwards, epochs, optimizer_steps, learning in _passes(recipe, models, samples):
+        one = shape.forward_flops(samples * length, length, head=False)
+        one += 2 * shape.embedding * samples * response * head
+        # A backward is two forwards: of the inputs' gradient and, where all weights learn, of theirs.
+        trained = (3 if learner.lora is None or not head else 2) + learner.gradient_checkpointing
+        flops = one * (forwards + epochs * trained)
+        seconds += flops / (learner.ranks * gpu.flops * TRAINING)
+        share = learning / learner.ranks
+        touched = HOST_MEMORY if learner.offload != "none" else gpu.bandwidth
+        seconds += optimizer_steps * ADAM_BYTES * share / touched
+        if learner.ranks > 1:  # gradients are summed in every micro-batch; ZeRO-3 gathers the weights for each pass
+            gathers = (forwards + 2 * epochs) * shape.parameters if learner.zero_stage == 3 else 0
+            seconds += micro_batches * width * (epochs * learning + gathers) / link
+    return seconds
+
+
+def _passes(recipe: Recipe, models: Models, samples: int) -> Iterator[tuple[ModelShape, bool, int, int, int, float]]:
+    """Of each model that learns: its shape, whether it has an output layer, forward passes without gradient (the
+    reference's too), passes that learn, optimizer steps, parameters that learn.
+    """
+    learner, policy, critic = recipe.learner, models.policy, models.critic
+    learning = trainable(policy, learner.lora)
+    match learner:
+        case PPOLearner():
+            steps = learner.epochs * learner.minibatches
+            yield policy, True, 1 + has_reference(recipe), learner.epochs, steps, learning
+            assert critic is not None
+            yield critic, False, 1, learner.epochs, steps, critic.trunk
+        case ReMaxLearner():
+            yield policy, True, int(has_reference(recipe)), 1, 1, learning
+        case RejectionSamplingLearner():
+            steps = learner.epochs * ceil(samples / learner.responses_per_update)
+            yield policy, True, 0, learner.epochs, steps, learning
