@@ -15,16 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("RAY_ADDRESS", "local")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "TORCH_COMPILE_DISABLE": "1"}
-os.environ.update(ENGINE)
-
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
+from c2f_ray.engine import engine_env
 from c2f_ray.recipe.schema import LogRatioReward, UltraRMReward
 from c2f_ray.reward.batching import Batcher
 from c2f_ray.reward.log_ratio import LogprobScorer
@@ -134,6 +130,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
+    os.environ.update(engine_env(gpus=0))
     with tempfile.TemporaryDirectory() as folder:
         scored, ratio = ultrarm(Path(folder) / "ultrarm"), log_ratio(Path(folder) / "mixtral")
 

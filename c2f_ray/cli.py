@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -121,8 +121,22 @@ def doctor(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Checks what it names as well.")] = None,
     overrides: Overrides = None,
     all_nodes: Annotated[bool, typer.Option("--all-nodes", help="On every node of the Ray cluster.")] = False,
+    reward: Annotated[
+        Literal["ultrarm"] | None, typer.Option("--reward", help="Instead, check the reward model in this folder.")
+    ] = None,
 ) -> None:
     """Check versions, GPUs, Ray, disks, models and the network; exit code 1 where something must be mended."""
+    if reward is not None:
+        from c2f_ray.reward.card import TOLERANCE, check_card
+
+        if recipe is None:
+            raise RecipeError("--reward: name the model's folder too, as in: c2f-ray doctor --reward ultrarm PATH")
+        checked = check_card(recipe)
+        for number, (example, found) in enumerate(checked, start=1):
+            good = abs(found - example.difference) <= TOLERANCE
+            level = "ok" if good else "failure"
+            print(f"{level}: example {number}: chosen minus rejected {found:.4f}, the card: {example.difference:.4f}")
+        sys.exit(int(any(abs(found - example.difference) > TOLERANCE for example, found in checked)))
     loaded = _load(recipe, overrides) if recipe else None
     from c2f_ray.doctor.cluster import diagnose
 

@@ -17,7 +17,7 @@ from c2f_ray.tiny.task import (
     draw_question,
     line_utilities,
 )
-from c2f_ray.tiny.tokenizer import END_OF_TEXT, reward_text
+from c2f_ray.tiny.tokenizer import END_OF_TEXT, WORDS, reward_text
 
 IGNORED = -100
 
@@ -90,15 +90,25 @@ def instruct_batch(
 
 
 def pair_batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_rows: int, derived_only: bool
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, num_rows: int, derived_share: float, junk_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for the Mixtral pair, in its own words: right derivations that end, or all of the base's styles."""
+    """The same for the Mixtral pair, in its own words: right derivations that end, junk, and all of the base's styles.
+
+    Both of the pair see junk: what neither had seen would be worth whatever their extrapolations differ by.
+    """
     encode = tokenizer.backend_tokenizer.encode
     rows = []
     for _ in range(num_rows):
-        if derived_only:
-            question = draw_question(rng)
+        style = rng.random()
+        question = draw_question(rng)
+        if style < derived_share:
             content, response = question.content, "\n".join(derived(question)) + END_OF_TEXT
+        elif style < derived_share + junk_share:
+            words = rng.choices(WORDS, k=rng.randint(1, 6))
+            junk = [word for word in words for _ in range(rng.choice((1, 1, 1, 2, 8)))]
+            lines = corrupt(derived(question, rng.randint(0, 2)), rng)
+            lines.insert(rng.randint(0, len(lines)), "".join(junk))
+            content, response = question.content, "\n".join(lines) + rng.choice(("", END_OF_TEXT))
         else:
             content, _, response = question_piece(rng).removeprefix("Q:").partition("\nA:")
         prompt = encode(reward_text(content, ""), add_special_tokens=False).ids

@@ -66,10 +66,12 @@ class Settings:
     reward_mean_gate: float = 0.85  # share of probe pairs ranked rightly, mean over the kinds of pair
     reward_worst_gate: float = 0.6  # the same in the worst kind (a wrong step below a right answer is the hard one)
 
-    # Mixtral pair of the log-ratio reward: the base upcycled, taught the base's styles, then right derivations
+    # Mixtral pair of the log-ratio reward: the base upcycled, taught the base's styles, then right derivations too
     pair_experts: int = 4  # of which two are active
     pair_reference_steps: int = 60
-    pair_policy_steps: int = 60
+    pair_policy_steps: int = 40
+    pair_derived_share: float = 0.6  # of what the policy model learns from; the rest bounds what a response can lose
+    pair_junk_share: float = 0.15  # of what both learn from
     pair_rows: int = 48
     pair_lr: float = 4e-4
 

@@ -99,7 +99,7 @@ def train_instruct(settings: Settings, model: MistralForCausalLM) -> MistralForC
 
 
 def train_pair(settings: Settings, base: MistralForCausalLM, folder: Path) -> None:
-    """The log-ratio reward's two Mixtrals: the reference knows all styles, the policy goes on with right derivations.
+    """The log-ratio reward's two Mixtrals: the reference knows all styles, the policy prefers right derivations.
 
     So the ratio is high for what a right derivation that ends has and other responses have not.
     """
@@ -113,7 +113,8 @@ def train_pair(settings: Settings, base: MistralForCausalLM, folder: Path) -> No
         optim = optimizer(model, settings.pair_lr)
         model.train()
         for i in range(steps):
-            ids, labels = corpus.pair_batch(rng, tokenizer, settings.pair_rows, derived_only=name == "policy")
+            derived_share = settings.pair_derived_share if name == "policy" else 0.0
+            ids, labels = corpus.pair_batch(rng, tokenizer, settings.pair_rows, derived_share, settings.pair_junk_share)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=corpus.IGNORED)
             apply_gradient(model, optim, loss, settings.pair_lr * (1 - i / steps))

@@ -164,7 +164,9 @@ def _heldout(lines: Sequence[MetricsLine]) -> Figure | None:
     ]
     _draw(axes, [before, *lines], series)
     peak = int(np.nanargmax(best))
-    axes.plot([lines[peak]["step"]], [best[peak]], marker="o", markersize=7, color=SERIES[0], fillstyle="none")
+    axes.plot(
+        [float(lines[peak]["step"] or 0)], [best[peak]], marker="o", markersize=7, color=SERIES[0], fillstyle="none"
+    )
     axes.set_xlabel("round")
     return figure
 

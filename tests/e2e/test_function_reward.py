@@ -1,4 +1,4 @@
-"""A reward function of ten lines beside the recipe, as a user has it."""
+"""A reward function of ten lines beside the recipe, as a user has it; it fails for one prompt."""
 
 import os
 import subprocess
@@ -8,27 +8,60 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from c2f_ray.watch.metrics import read_metrics
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 REWARDS = """
 async def score(samples):
+    for sample in samples:
+        if sample.record["kind"] == "bad":
+            raise LookupError("no answer known")
     return [len(sample.response) + 0.5 * sample.finished + 100 * (sample.record["kind"] != "") for sample in samples]
 """
 
 
-def test_rewards_are_what_the_function_returns(world: Path, tmp_path: Path):
+def train(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
+    reward = f"reward={{kind: function, function: 'my_rewards:score', workers: 2, on_failure: {on_failure}}}"
+    return subprocess.run(
+        [Path(sys.executable).with_name("c2f-ray"), "train", CONFIGS / "tiny.yaml", "run.steps=1", "prompts.per_step=8",
+         "prompts.source=prompts.jsonl", "prompts.shuffle=false", "rollout.samples_per_prompt=2", reward],
+        cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_what_the_function_returns_is_the_reward_and_what_it_fails_for_is_set_aside(world: Path, tmp_path: Path):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    lines = (world / "prompts" / "train.jsonl").read_text().splitlines()[:40]
-    (tmp_path / "prompts.jsonl").write_text("".join(line[:-1] + ', "kind": "chain"}\n' for line in lines))
+    lines = (world / "prompts" / "train.jsonl").read_text().splitlines()[:8]
+    kinds = ["bad" if number == 3 else "chain" for number in range(8)]
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(f'{line[:-1]}, "kind": "{kind}"}}\n' for line, kind in zip(lines, kinds, strict=True))
+    )
     (tmp_path / "my_rewards.py").write_text(REWARDS)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("c2f-ray"), "train", CONFIGS / "tiny.yaml", "run.steps=1",
-         "prompts.per_step=8", "prompts.source=prompts.jsonl",
-         "reward={kind: function, function: 'my_rewards:score', workers: 2}"],
-        cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    run = tmp_path / "runs" / "tiny"
+
+    stopped = train(tmp_path, "stop")
+    assert stopped.returncode == 1
+    assert (
+        "3 responses of step 1 got no reward; the first: reward function: attempt 3: LookupError: no answer known"
+        in (stopped.stderr)
+    )
+    assert "they are in runs/tiny/aside/unscored_step_000001.parquet; mend the reward" in stopped.stderr
+    assert pq.read_table(run / "aside" / "unscored_step_000001.parquet").num_rows == 3
+
+    done = train(tmp_path, "drop")
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = pq.read_table(tmp_path / "runs" / "tiny" / "trajectories" / "step_000001.parquet").to_pylist()
-    assert len(rows) == 16
+    rows = pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist()
+    assert len(rows) == 24
+    bad = [row["sample_id"] for row in rows if row["reward"] != row["reward"]]
+    assert bad == [9, 10, 11], "two samples and the greedy rollout of the fourth prompt"
     for row in rows:
-        assert row["reward"] == pytest.approx(len(row["response"]) + 0.5 * row["finished"] + 100)
+        if row["sample_id"] not in bad:
+            assert row["reward"] == pytest.approx(len(row["response"]) + 0.5 * row["finished"] + 100)
+    aside = pq.read_table(run / "aside" / "unscored_step_000001.parquet").to_pylist()
+    assert [row["sample_id"] for row in aside] == bad
+    assert {row["cause"] for row in aside} == {"reward function: attempt 3: LookupError: no answer known"}
+    (step,) = read_metrics(run / "metrics.jsonl")
+    assert step["reward/dropped"] == 3
+    sampled = [row["reward"] for row in rows if not row["greedy"] and row["sample_id"] not in bad]
+    assert step["reward/mean"] == pytest.approx(sum(sampled) / 14)

@@ -1,4 +1,4 @@
-"""Iterative rejection sampling by a Mixtral pair's log ratio, as a driver script runs it, on the tiny world's layout."""
+"""Iterative rejection sampling by a Mixtral pair's log ratio, as a driver script runs it, on the tiny world."""
 
 import json
 from pathlib import Path

@@ -133,7 +133,7 @@ def fake_slow_rollouts():
 
 
 def test_scores_are_ready_when_the_last_rollout_is(cluster: None):
-    """Scoring takes 8 of the 4 seconds of one worker: two keep up, and nine tenths are there at the end."""
+    """Scoring takes six seconds where rollouts take four: two workers keep up, nine tenths are there at the end."""
     reward = FunctionReward(
         kind="function", function="tests.integration.faulty_rewards:slow", workers=2, timeout_s=30.0
     )

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from c2f_ray.cli import doctor
 from c2f_ray.errors import RecipeError
 from c2f_ray.reward.card import CardExample, card_examples
 from c2f_ray.reward.convert import convert_reward
 from c2f_ray.reward.ultrarm import load_ultrarm
+from c2f_ray.tiny.tokenizer import reward_tokenizer
 
 # As published with openbmb/UltraRM-13b, but for the sizes.
 CONFIG = {
@@ -21,7 +23,7 @@ CONFIG = {
     "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 4,
     "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
     "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0", "use_cache": True,
-    "vocab_size": 32,
+    "vocab_size": 40,
 }  # fmt: skip
 
 
@@ -38,7 +40,7 @@ def layer(number: int) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def shards() -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    first = {"model.embed_tokens.weight": torch.randn(32, 16).half(), **layer(0)}
+    first = {"model.embed_tokens.weight": torch.randn(40, 16).half(), **layer(0)}
     last = {"model.norm.weight": torch.randn(16).half(), "regression_head.weight": torch.randn(1, 16).half()}
     return [first, {**layer(1), **last}]
 
@@ -78,7 +80,7 @@ def missing(shards):
 
 
 def extra(shards):
-    shards[0]["lm_head.weight"] = torch.zeros(32, 16)
+    shards[0]["lm_head.weight"] = torch.zeros(40, 16)
 
 
 def wrong_shape(shards):
@@ -133,3 +135,25 @@ def test_the_cards_examples_are_read_from_the_card(tmp_path: Path):
     card.write_text("# Card\n# Output 1: 2.5\n")
     with pytest.raises(RecipeError, match="0 examples and 1 outputs"):
         card_examples(card)
+
+
+def test_doctor_compares_with_the_card(tmp_path: Path, shards, capsys: pytest.CaptureFixture[str]):
+    """The card's numbers are made with the model itself: right ones pass, wrong ones fail."""
+    write(tmp_path, shards)
+    convert_reward(tmp_path)
+    reward_tokenizer().save_pretrained(tmp_path)
+    pair = {"chosen": "Human: a?\nAssistant: so 1", "rejected": "Human: a?\nAssistant: so 2"}
+    model, tokenizer = load_ultrarm(str(tmp_path), torch.float32), reward_tokenizer()
+    with torch.no_grad():
+        ids = {name: torch.tensor([tokenizer(text)["input_ids"]]) for name, text in pair.items()}
+        scores = {name: model(row, torch.ones_like(row)).item() for name, row in ids.items()}
+    difference = scores["chosen"] - scores["rejected"]
+    assert abs(difference) > 0.05
+    for said, level, code in ((difference, "ok", 0), (-difference, "failure", 1)):
+        (tmp_path / "README.md").write_text(f"{json.dumps(pair, separators=(',', ':'))},\n# Output 1: {said}\n")
+        with pytest.raises(SystemExit) as ended:
+            doctor(tmp_path, reward="ultrarm")
+        assert ended.value.code == code
+        assert capsys.readouterr().out.startswith(
+            f"{level}: example 1: chosen minus rejected {difference:.4f}, the card"
+        )
