@@ -21,7 +21,15 @@ from c2f_ray.evaluation.metrics import RESPONSE_METRICS
 from c2f_ray.evaluation.mt_bench import TURNS, TwoTurnSource
 from c2f_ray.evaluation.tasks import MEAN, check_tasks, task_column
 from c2f_ray.functions import load_function
-from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
+from c2f_ray.preflight import (
+    absolute_folder,
+    check_context,
+    check_model,
+    check_reward,
+    evaluation_source,
+    heldout_prompts,
+    run_folder,
+)
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import RECORD, Choose, EndpointJudge, Evaluate, Perplexity
 from c2f_ray.watch.metrics import read_metrics
@@ -148,17 +156,8 @@ def _prompts(recipe: Recipe, settings: Evaluate, template: str) -> tuple[PromptS
     all models must be asked the same.
     """
     sources: dict[str, PromptSource] = {}
-    if pairs := settings.win_rate:
-        sources["win_rate"] = PromptSource(
-            key="evaluate.win_rate.prompts",
-            source=pairs.prompts,
-            split=pairs.split,
-            field=pairs.field,
-            turns=recipe.prompts.turns,
-            system=recipe.prompts.system,
-            num_prompts=pairs.num_prompts,
-            seed=recipe.run.seed,
-        )
+    if settings.win_rate:
+        sources["win_rate"] = evaluation_source(recipe, "evaluate.win_rate.prompts", settings.win_rate)
     if settings.mt_bench:
         key, questions = "evaluate.mt_bench.questions", settings.mt_bench.questions
         sources["mt_bench"] = TwoTurnSource(key, questions, system=recipe.prompts.system)
