@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/c2f-ray demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
