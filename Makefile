@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Where pip is told to look for wheels, uv is told too; else uv takes torch's CPU build by itself.
 TORCH := $(if $(PIP_FIND_LINKS),$(PIP_FIND_LINKS:%=--find-links %),--torch-backend cpu)
 
-.PHONY: setup demo test lint format pins clean
+.PHONY: setup demo test chaos lint format pins clean
 
 setup: $(INSTALLED)
 
@@ -23,6 +23,10 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every role killed in every phase, and a seeded soak of twenty kills: about a quarter of an hour on 2 cores.
+chaos: $(INSTALLED)
+	$(BIN)/python -m pytest tests/chaos -s
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,16 @@ MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; e
 class Rollouts:
     """A step's trajectories, scored: `info` and `rewards` have one entry for each that has a reward, by sample id."""
 
+    step: int
     shards: list[Any]  # references, in order of arrival
     scored: list[ScoredShard]  # of each shard
     info: TrajectoryInfo
     rewards: Float32
     parts: dict[str, float]  # mean of each reward of a sum, over the sampled ones
+    limit: int  # of their length, in tokens
     dropped: int  # trajectories without a reward, or without the greedy one to compare it with
     ready: float  # share of the scores that were there when the last rollout was
+    position: int = 0  # prompts drawn since the start of the run, with theirs
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -113,6 +116,7 @@ class Training:
         self.state = checked.resume.state if checked.resume else first_state(recipe)
         self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
         self.seconds: dict[str, float] = {}
+        self.ahead: Rollouts | None = None  # of the next step, made as the last one learned
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
@@ -159,6 +163,7 @@ class Training:
         if self.learner_restarts_left == 0:
             raise lost
         self.learner_restarts_left -= 1
+        self.ahead = None
         self.learner.close()
         self.wait_for_saved_trajectories(0)
         checkpoint, notes = newest_checkpoint(self.folder)
@@ -211,13 +216,17 @@ class Training:
         """One step, as in the module's first line. Returns its metrics."""
         began = time.perf_counter()
         self.seconds = {}
-        limit = self.state.length.tokens
-        requests = self.draw_requests()
-        rollouts = self.roll_out(requests, limit, progress)
+        rollouts = self.ahead or self.roll_out_step(self.state.step + 1, self.state.position, progress)
+        self.admit(rollouts)
 
         batch = self.update_batch(rollouts)
+        self.start_learning(rollouts, batch)
+        self.ahead = None
+        if self.recipe.rollout.max_staleness and self.state.step + 1 < self.total_steps:
+            self.ahead = self.roll_out_step(rollouts.step + 1, rollouts.position, progress)
         with self.timed("learner", progress):
-            learned = self.learn(rollouts, batch)
+            learned = self.learn(rollouts)
+        self.state.position = rollouts.position
         with self.timed("weights", progress):
             self.state.weight_version += 1
             self.send_weights()
@@ -238,7 +247,7 @@ class Training:
             "reward/dropped": rollouts.dropped,
             "reward/ready": rollouts.ready,
             **{f"rewards/{name}": value for name, value in rollouts.parts.items()},
-            "length/limit": limit,
+            "length/limit": rollouts.limit,
             "length/mean": float(lengths.mean()),
             "length/max": int(lengths.max()),
             "length/truncated": float((~rollouts.info.finished[sampled]).mean()),
@@ -250,17 +259,30 @@ class Training:
             **({} if batch.baseline is None else {"reward/greedy_mean": float(batch.baseline.mean())}),
             **learned,
             "weights/version": self.state.weight_version,
+            "weights/staleness": float(self.state.weight_version - 1 - rollouts.info.weight_version.min()),
             **{f"time/{name}_s": value for name, value in self.seconds.items()},
             "time/other_s": seconds - sum(self.seconds.values()),
             "time/step_s": seconds,
             "time/samples_per_s": len(rollouts.info) / seconds,
         }
 
-    def learn(self, rollouts: Rollouts, batch: UpdateBatch) -> dict[str, float]:
+    def admit(self, rollouts: Rollouts) -> None:
+        """Only samples of recent weights are learned from."""
+        oldest = int(rollouts.info.weight_version.min())
+        if self.state.weight_version - oldest > self.recipe.rollout.max_staleness:
+            raise C2FError(
+                f"a sample of weight version {oldest} reached the learner at version {self.state.weight_version}, and "
+                f"rollout.max_staleness is {self.recipe.rollout.max_staleness}"
+            )
+
+    def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:
+        self.updating = self.learner.start_update(rollouts.shards, batch)
+
+    def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """The update's metrics. One that is not finite is saved aside with its cause; several in a row end the run."""
         state, learner = self.state, self.recipe.learner
         try:
-            learned = self.learner.update(rollouts.shards, batch)
+            learned = self.learner.finish_update(self.updating)
         except NonFiniteUpdateError as error:
             state.bad_updates += 1
             cause = str(getattr(error, "cause", error))  # without the rank's traceback
@@ -300,18 +322,21 @@ class Training:
             baseline = np.array([greedy[row] for row in info.prompt_row[sampled].tolist()], np.float32)
         return UpdateBatch(info.sample_id[sampled], rewards[sampled], baseline)
 
-    def draw_requests(self) -> list[RolloutRequest]:
-        """This step's requests: each prompt's samples and, after them, its greedy rollout where ReMax wants one."""
-        recipe, state = self.recipe, self.state
+    def roll_out_step(self, step: int, position: int, progress: Progress) -> Rollouts:
+        """The rollouts of a step whose prompts begin at ``position``, with the weights that the engines have."""
+        recipe = self.recipe
         count = recipe.prompts.per_step
         if recipe.run.epochs is not None:
-            count = min(count, recipe.run.epochs * self.num_prompts - state.position)
-        drawn = draw(state.position, count, self.groups, recipe.run.seed, recipe.prompts.shuffle)
-        state.position += count
-        return self.requests(drawn)
+            count = min(count, recipe.run.epochs * self.num_prompts - position)
+        drawn = draw(position, count, self.groups, recipe.run.seed, recipe.prompts.shuffle)
+        rollouts = self.roll_out(step, self.requests(drawn), self.state.length.tokens, progress)
+        return replace(rollouts, position=position + count)
 
     def requests(self, drawn: list[tuple[int, int]]) -> list[RolloutRequest]:
-        """The requests for prompts given as (row, epoch), which the sampling seeds are made of."""
+        """The requests for prompts given as (row, epoch), which the sampling seeds are made of.
+
+        Each prompt's samples and, after them, its greedy rollout where ReMax wants one.
+        """
         samples = self.recipe.rollout.samples_per_prompt
         per_prompt = samples + self.greedy_rollouts
         return [
@@ -325,7 +350,7 @@ class Training:
             for sample in range(per_prompt)
         ]
 
-    def roll_out(self, requests: list[RolloutRequest], limit: int, progress: Progress) -> Rollouts:
+    def roll_out(self, step: int, requests: list[RolloutRequest], limit: int, progress: Progress) -> Rollouts:
         """Generates and scores; a shard is sent to be scored the moment that it arrives."""
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
@@ -350,7 +375,17 @@ class Training:
             name: float(np.concatenate([shard.parts[name] for shard in scored])[sampled].mean())
             for name in scored[0].parts
         }
-        rollouts = Rollouts(shards, scored, info.select(good), rewards[good], parts, len(info) - len(good), ready)
+        rollouts = Rollouts(
+            step=step,
+            shards=shards,
+            scored=scored,
+            info=info.select(good),
+            rewards=rewards[good],
+            parts=parts,
+            limit=limit,
+            dropped=len(info) - len(good),
+            ready=ready,
+        )
         self.refuse_unscored(rollouts)
         return rollouts
 
@@ -359,11 +394,11 @@ class Training:
         causes = [(shard, cause) for shard in rollouts.scored for cause in shard.causes.values()]
         if len(rollouts.info) and all(shard.drop for shard, _ in causes):
             return
-        path = self.folder / "trajectories" / f"step_{self.state.step + 1:06d}.parquet"
+        path = self.folder / "trajectories" / f"step_{rollouts.step:06d}.parquet"
         self.save(rollouts, path)
         self.wait_for_saved_trajectories(0)
         raise BadRewardError(
-            f"{len(causes)} responses of step {self.state.step + 1} got no reward; the first: {causes[0][1]}; they are "
+            f"{len(causes)} responses of step {rollouts.step} got no reward; the first: {causes[0][1]}; they are "
             f"in {unscored_path(path)}; mend the reward, or set its on_failure to drop"
         )
 
@@ -375,11 +410,11 @@ class Training:
         prune_checkpoints(self.folder, keep.keep_last, keep.keep_best)
 
     def save(self, rollouts: Rollouts, path: Path) -> None:
-        """Starts to write trajectories of the step that is under way."""
+        """Starts to write a step's trajectories."""
         self.wait_for_saved_trajectories(MAX_UNSAVED)
         task = save_trajectories.remote(
             path.absolute(),
-            self.state.step + 1,
+            rollouts.step,
             self.recipe.policy.model,
             self.prompts,
             rollouts.shards,
@@ -399,7 +434,7 @@ class Training:
         progress.stage(stage)
         began = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - began
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
 def with_reward(info: TrajectoryInfo, rewards: Float32, greedy_rollouts: bool) -> Bool:

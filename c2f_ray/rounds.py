@@ -66,8 +66,8 @@ class Rounds(Training):
     def judge(self, progress: Progress) -> dict[str, float]:
         """Samples the held-out prompts: the mean reward of all responses, and of each prompt's best."""
         seconds = self.seconds  # of the round itself
-        rows = range(self.num_prompts, len(self.prompt_ids))
-        rollouts = self.roll_out(self.requests([(row, 0) for row in rows]), self.state.length.tokens, progress)
+        requests = self.requests([(row, 0) for row in range(self.num_prompts, len(self.prompt_ids))])
+        rollouts = self.roll_out(self.state.step, requests, self.state.length.tokens, progress)
         self.seconds = seconds
         self.save(rollouts, self.folder / "trajectories" / f"heldout_{self.state.step:06d}.parquet")
         best = best_of_prompt(rollouts.info.prompt_row, rollouts.rewards, [self.recipe.run.seed])
@@ -84,11 +84,14 @@ class Rounds(Training):
         kept = select(info.prompt_row, rollouts.rewards, seed, learner.min_margin, learner.top_fraction)
         return UpdateBatch(info.sample_id[kept], rollouts.rewards[kept], None)
 
-    def learn(self, rollouts: Rollouts, batch: UpdateBatch) -> dict[str, float]:
+    def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:
         if self.settings.restart_from == "start" and self.state.step > 0:
             self.learner.load(self.folder / "start")
-        kept = {"selection/kept": float(len(batch.reward)), "selection/reward_mean": float(batch.reward.mean())}
-        return super().learn(rollouts, batch) | kept
+        self.kept = {"selection/kept": float(len(batch.reward)), "selection/reward_mean": float(batch.reward.mean())}
+        super().start_learning(rollouts, batch)
+
+    def learn(self, rollouts: Rollouts) -> dict[str, float]:
+        return super().learn(rollouts) | self.kept
 
     def observe(self, batch: UpdateBatch, learned: dict[str, float]) -> LengthDecision | None:
         """Only a schedule: there is no critic to watch."""

@@ -4,6 +4,8 @@ Invariant: a call ends when all ranks have answered, or with the first rank's er
 of the ranks that did not answer.
 """
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,15 @@ from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.recipe.schema import Recipe
 from c2f_ray.waiting import wait_for_start
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call that all ranks were told to begin."""
+
+    method: str
+    refs: list[ObjectRef]
+    deadline: float  # of time.monotonic
 
 
 class LearnerGroup:
@@ -48,9 +59,16 @@ class LearnerGroup:
     def send_weights(self, version: int) -> None:
         self._all("send_weights", version)
 
+    def start_update(self, shards: list[ObjectRef], batch: UpdateBatch) -> "Asked":
+        """One update on one step's shards of Trajectories, which go to the ranks as references."""
+        return self._ask("update", shards, ray.put(batch))
+
+    def finish_update(self, asked: "Asked") -> dict[str, float]:
+        """The metrics of an update that was started."""
+        return self._answers(asked)[0]
+
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
-        """One update on one step's shards of Trajectories; they go to the ranks as references. Returns its metrics."""
-        return self._all("update", shards, ray.put(batch))[0]
+        return self.finish_update(self.start_update(shards, batch))
 
     def logprobs(self, shards: list[ObjectRef]) -> dict[int, Float32]:
         """The policy's logprobs of the response tokens of all sampled trajectories, by sample id."""
@@ -76,10 +94,16 @@ class LearnerGroup:
             ray.kill(rank)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
+        return self._answers(self._ask(method, *args))
+
+    def _ask(self, method: str, *args: Any) -> "Asked":
         refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
-        timeout_s = self.recipe.learner.timeout_s
+        return Asked(method, refs, time.monotonic() + self.recipe.learner.timeout_s)
+
+    def _answers(self, asked: "Asked") -> list[Any]:
+        method, refs, timeout_s = asked.method, asked.refs, self.recipe.learner.timeout_s
         try:
-            return ray.get(refs, timeout=timeout_s)
+            return ray.get(refs, timeout=max(1.0, asked.deadline - time.monotonic()))
         except RayActorError as error:
             raise LearnerLostError(f"learner {method}: a rank died: {error}") from error
         except GetTimeoutError:

@@ -116,6 +116,7 @@ class Rollout(Section):
     shard_samples: Count = 32  # trajectories handed over together
     max_num_seqs: Count = 256  # sequences that one engine decodes at the same time
     memory: Positive = 0.9  # share of a GPU's memory for the engine; GiB of KV cache on the CPU
+    max_staleness: Literal[0, 1] = 0  # weight versions that samples may lag; 1: a step samples as another learns
     timeout_s: Positive = 1800  # of one step's rollouts
 
 
@@ -561,6 +562,17 @@ class Recipe(Section):
                 raise ValueError(
                     "length.rule: logistic watches a critic or a greedy baseline, which rejection_sampling has not; "
                     "use fixed or linear"
+                )
+        if self.rollout.max_staleness > 0:
+            if isinstance(self.learner, RejectionSamplingLearner):
+                raise ValueError(
+                    "rollout.max_staleness: 1 with rejection_sampling has no meaning: each round samples what the last "
+                    "one made; leave it out"
+                )
+            if self.learner.importance_clip is None:
+                raise ValueError(
+                    "rollout.max_staleness: 1 makes samples off-policy; set learner.importance_clip (2 is usual), "
+                    "which corrects for that"
                 )
         if self.policy.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(

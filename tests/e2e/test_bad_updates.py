@@ -25,13 +25,13 @@ class FaultyLearnerGroup(LearnerGroup):
 
     updates = 0
 
-    def update(self, *args: Any) -> dict[str, float]:
+    def finish_update(self, asked: Any) -> dict[str, float]:
         self.updates += 1
         if self.updates in BAD:
             raise NonFiniteUpdateError(
                 f"the policy's gradient has no finite norm in the update on samples [{self.updates}]"
             )
-        return super().update(*args)
+        return super().finish_update(asked)
 
 
 @pytest.fixture(scope="module")
