@@ -5,7 +5,6 @@ asked for is learned from exactly once, unless its update was not finite, which 
 hold the same weights when a step ends; a run that was killed goes on from its newest checkpoint.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -23,7 +22,7 @@ from ray.exceptions import RayTaskError
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
 from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
-from c2f_ray.data.prompts import draw
+from c2f_ray.data.prompts import draw, request_seed
 from c2f_ray.data.texts import save_trajectories, unscored_path
 from c2f_ray.data.trajectory import Bool, Float32, TrajectoryInfo
 from c2f_ray.errors import BadRewardError, C2FError, DeadlineError, LearnerLostError, NonFiniteUpdateError
@@ -450,9 +449,3 @@ def with_reward(info: TrajectoryInfo, rewards: Float32, greedy_rollouts: bool) -
 
 def first_state(recipe: Recipe) -> RunState:
     return RunState(step=0, position=0, weight_version=0, length=length_control.start(recipe.length))
-
-
-def request_seed(run_seed: int, prompt_id: str, epoch: int, sample: int) -> int:
-    """The sampling seed of one request, in [0, 2^63): asked again, on any engine, it gives the same tokens."""
-    digest = hashlib.blake2b(f"{run_seed}/{prompt_id}/{epoch}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

@@ -21,6 +21,7 @@ from c2f_ray.errors import RecipeError
 from c2f_ray.functions import load_function
 from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.recipe.schema import (
+    Evaluate,
     FunctionReward,
     LogRatioReward,
     OneReward,
@@ -29,6 +30,7 @@ from c2f_ray.recipe.schema import (
     Reward,
     SumReward,
     UltraRMReward,
+    WinRate,
     critic_model,
     reward_parts,
 )
@@ -298,10 +300,16 @@ def training_prompts(recipe: Recipe, template: str) -> PromptSet:
 
 
 def heldout_prompts(recipe: Recipe, template: str) -> PromptSet:
-    settings = recipe.evaluate
-    assert settings is not None  # the recipe is refused otherwise
-    source = PromptSource(
-        key="evaluate.prompts",
+    assert recipe.evaluate is not None  # the recipe is refused otherwise
+    source = evaluation_source(recipe, "evaluate.prompts", recipe.evaluate)
+    tokenizer = load_tokenizer(recipe.policy.model)
+    return build_prompt_set(source, tokenizer, template, recipe.prompts.max_tokens, "refuse")
+
+
+def evaluation_source(recipe: Recipe, key: str, settings: Evaluate | WinRate) -> PromptSource:
+    """Prompts that are read as those of training are."""
+    return PromptSource(
+        key=key,
         source=settings.prompts,
         split=settings.split,
         field=settings.field,
@@ -310,8 +318,6 @@ def heldout_prompts(recipe: Recipe, template: str) -> PromptSet:
         num_prompts=settings.num_prompts,
         seed=recipe.run.seed,
     )
-    tokenizer = load_tokenizer(recipe.policy.model)
-    return build_prompt_set(source, tokenizer, template, recipe.prompts.max_tokens, "refuse")
 
 
 def with_absolute_folders(recipe: Recipe) -> Recipe:

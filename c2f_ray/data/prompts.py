@@ -1,5 +1,6 @@
 """Prompts: read, checked, rendered and tokenised once, before any actor starts."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -217,6 +218,12 @@ def draw(position: int, count: int, groups: list[list[int]], seed: int, shuffle:
         order = _order(len(groups[number]), (seed, epoch, number)) if shuffle else range(len(groups[number]))
         drawn.append((groups[number][int(order[i])], epoch))
     return drawn
+
+
+def request_seed(run_seed: int, prompt_id: str, epoch: int, sample: int) -> int:
+    """The sampling seed of one request, in [0, 2^63): asked again, on any engine, it gives the same tokens."""
+    digest = hashlib.blake2b(f"{run_seed}/{prompt_id}/{epoch}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 @lru_cache(maxsize=64)

@@ -11,8 +11,8 @@ import ray
 from transformers import AutoConfig
 
 from c2f_ray.data.model_folder import model_stamp
+from c2f_ray.data.prompts import request_seed
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
-from c2f_ray.driver import request_seed
 from c2f_ray.evaluation.check import Candidate, EvaluationPlan
 from c2f_ray.evaluation.mt_bench import TURNS, save_conversations, second_turn
 from c2f_ray.recipe import Recipe

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,17 @@ from c2f_ray.evaluation.metrics import RESPONSE_METRICS
 from c2f_ray.evaluation.mt_bench import TURNS, TwoTurnSource
 from c2f_ray.evaluation.tasks import MEAN, check_tasks, task_column
 from c2f_ray.functions import load_function
-from c2f_ray.preflight import absolute_folder, check_context, check_model, check_reward, heldout_prompts, run_folder
+from c2f_ray.preflight import (
+    absolute_folder,
+    check_context,
+    check_model,
+    check_reward,
+    evaluation_source,
+    heldout_prompts,
+    run_folder,
+)
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Choose, EndpointJudge, Evaluate, Perplexity
+from c2f_ray.recipe.schema import RECORD, Choose, EndpointJudge, Evaluate, Perplexity
 from c2f_ray.watch.metrics import read_metrics
 
 Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]
@@ -83,7 +92,7 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
     names = [candidate.name for candidate in candidates]
     if settings.kl_to_instruct and "instruct" not in names:
         raise RecipeError(
-            "evaluate.kl_to_instruct: there is no instruct model; name it in merge.instruct, or leave out"
+            "evaluate.kl_to_instruct: there is no instruct model; name it in merge.instruct, and in evaluate.models"
         )
     columns = list(RESPONSE_METRICS)
     if settings.accuracy:
@@ -93,10 +102,9 @@ def check_evaluate(recipe: Recipe) -> EvaluationPlan:
     if settings.lm_eval:
         check_tasks(settings.lm_eval)
         columns += [MEAN, *(task_column(task) for task in settings.lm_eval.tasks)]
-    if settings.win_rate and settings.win_rate.against not in names:
-        raise RecipeError(
-            f"evaluate.win_rate.against: {settings.win_rate.against}: no such model; there are {', '.join(names)}"
-        )
+    if settings.win_rate:
+        records = [candidates[0].prompts.records[row] for row in rows["win_rate"]]
+        _check_against(settings.win_rate.against, names, records)
     if settings.choose:
         _check_choose(settings.choose, columns, names)
     limit = read_metrics(folder / "metrics.jsonl")[-1]["length/limit"]
@@ -115,12 +123,19 @@ def _candidates(recipe: Recipe, settings: Evaluate, folder: Path) -> tuple[list[
         folders["instruct"] = recipe.merge.instruct
     folders["coarse"] = str(folder / "coarse")
     fine = {path.name: str(path) for path in sorted((folder / "fine").glob("*")) if path.is_dir() and path != best}
+    chosen = {
+        name: model
+        for name, model in (folders | fine).items()
+        if any(fnmatchcase(name, pattern) for pattern in settings.models)
+    }
+    if not chosen:
+        raise RecipeError(f"evaluate.models: {settings.models}: none of {', '.join(folders | fine)} is meant")
     vocabulary = load_tokenizer(recipe.policy.model).get_vocab()
     prompts: dict[str, PromptSet] = {}  # by template
     rows: dict[str, range] = {}
     candidates = []
     turns = 1 if settings.mt_bench is None else TURNS
-    for name, model in (folders | fine).items():
+    for name, model in chosen.items():
         config = check_model("merge.instruct" if name == "instruct" else f"run.name ({name})", model)
         if load_tokenizer(model).get_vocab() != vocabulary:
             raise RecipeError(
@@ -141,17 +156,8 @@ def _prompts(recipe: Recipe, settings: Evaluate, template: str) -> tuple[PromptS
     all models must be asked the same.
     """
     sources: dict[str, PromptSource] = {}
-    if pairs := settings.win_rate:
-        sources["win_rate"] = PromptSource(
-            key="evaluate.win_rate.prompts",
-            source=pairs.prompts,
-            split=pairs.split,
-            field=pairs.field,
-            turns=recipe.prompts.turns,
-            system=recipe.prompts.system,
-            num_prompts=pairs.num_prompts,
-            seed=recipe.run.seed,
-        )
+    if settings.win_rate:
+        sources["win_rate"] = evaluation_source(recipe, "evaluate.win_rate.prompts", settings.win_rate)
     if settings.mt_bench:
         key, questions = "evaluate.mt_bench.questions", settings.mt_bench.questions
         sources["mt_bench"] = TwoTurnSource(key, questions, system=recipe.prompts.system)
@@ -209,6 +215,16 @@ def _text_windows(recipe: Recipe, settings: Perplexity) -> Ragged:
     if not len(windows):
         raise RecipeError(f"{key}: {settings.texts}: no text has two tokens")
     return windows
+
+
+def _check_against(against: str, names: list[str], records: list[dict[str, Any]]) -> None:
+    key = "evaluate.win_rate.against"
+    if against.startswith(RECORD):
+        field = against.removeprefix(RECORD)
+        if missing := [record for record in records if not isinstance(record.get(field), str)]:
+            raise RecipeError(f"{key}: {against}: {len(missing)} of {len(records)} prompts have no text in {field!r}")
+    elif against not in names:
+        raise RecipeError(f"{key}: {against}: no such model; there are {', '.join(names)}")
 
 
 def _check_choose(rule: Choose, columns: list[str], names: list[str]) -> None:

@@ -9,7 +9,7 @@ from c2f_ray.evaluation.check import EvaluationPlan
 from c2f_ray.evaluation.judge import Question, ask, score
 from c2f_ray.evaluation.mt_bench import TURNS, summary
 from c2f_ray.evaluation.pairwise import judged_points, mean_characters, reward_points, win_rate
-from c2f_ray.recipe.schema import EndpointJudge
+from c2f_ray.recipe.schema import RECORD, EndpointJudge
 
 Rows = list[dict[str, Any]]
 
@@ -19,7 +19,11 @@ def win_rates(plan: EvaluationPlan, answers: dict[str, Path], seed: int) -> dict
     settings = plan.settings.win_rate
     assert settings is not None
     rows = {name: pq.read_table(path).to_pylist() for name, path in answers.items()}
-    others = rows[settings.against]
+    if settings.against.startswith(RECORD):
+        key = settings.against.removeprefix(RECORD)
+        others = [{"response": plan.asked.records[row][key]} for row in plan.rows["win_rate"]]
+    else:
+        others = rows[settings.against]
     found: dict[str, dict[str, Any]] = {}
     for name, own in rows.items():
         if name == settings.against:

@@ -68,7 +68,7 @@ def run_tasks(folder: str, forward: Forward, memory: float, settings: LmEval, sa
                 log_samples=False,
             )
             kept = {key: result[key] for key in ("results", "versions", "n-shot", "n-samples", "lm_eval_version")}
-            saved.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # some names have a slash
             aside = path.with_name(f"{path.name}.partial")
             aside.write_text(json.dumps(kept, indent=1, default=str))
             aside.rename(path)

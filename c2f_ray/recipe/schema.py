@@ -470,6 +470,9 @@ class RewardJudge(Section):
     kind: Literal["reward"]  # the better answer is the one with more of the recipe's own reward
 
 
+RECORD = "record."
+
+
 class WinRate(Section):
     """Every model's answers beside those of one of them (Chat1M and AlpacaEval style)."""
 
@@ -477,7 +480,7 @@ class WinRate(Section):
     split: str = "train"
     field: str = "messages"
     num_prompts: Count | None = None
-    against: str = "instruct"  # the model that all others are compared with
+    against: str = "instruct"  # the model that all others are compared with; `record.FIELD`: answers beside the prompts
     template: str | None = None  # a .jinja file: what an endpoint is asked; of messages, answer_a, answer_b and record
 
 
@@ -495,6 +498,7 @@ class Evaluate(Section):
     field: str = "messages"
     num_prompts: Count | None = None
     max_tokens: Count = 512  # of a response, decoded greedily
+    models: Annotated[list[str], Field(min_length=1)] = ["*"]  # of base, instruct, coarse and the fine actors
     accuracy: FunctionPath | None = None  # module:name of a grader of one response
     perplexity: Perplexity | None = None  # of held-out texts
     kl_to_instruct: bool = False  # nats per token of each model's own responses, over the whole vocabulary
@@ -515,6 +519,8 @@ class Evaluate(Section):
         if self.win_rate and endpoint != (self.win_rate.template is not None):
             needs = "a judge of kind endpoint needs it" if endpoint else "only a judge of kind endpoint reads it"
             raise ValueError(f"win_rate.template: {needs}")
+        if self.win_rate and not endpoint and self.win_rate.against.startswith(RECORD):
+            raise ValueError("win_rate.against: answers beside the prompts need a judge of kind endpoint")
         if self.judge and not (self.win_rate or self.mt_bench):
             raise ValueError("judge: it has nothing to judge; give win_rate or mt_bench")
         return self

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -86,17 +87,21 @@ def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
     return path
 
 
-def format_table(evaluation: Mapping[str, Any]) -> Table:
-    """The evaluation as a table for the terminal; the best fine actor is marked, and each one's verdict is below."""
+def format_table(evaluation: Mapping[str, Any]) -> Group:
+    """The evaluation as tables for the terminal; the best fine actor is marked, and each one's verdict is below."""
     content = _table(evaluation)
     verdicts = Text("\n".join(f"{name} {verdict}" for name, verdict in content["verdicts"].items()))
-    table = Table(title=content["caption"], title_justify="left", caption=verdicts, caption_justify="left")
+    return Group(_terminal(content, verdicts), *(_terminal(table) for table in content["judged"]))
+
+
+def _terminal(content: Mapping[str, Any], below: Text | None = None) -> Table:
+    table = Table(title=content["caption"], title_justify="left", caption=below, caption_justify="left")
     table.add_column("model")
     for title in content["titles"]:
         table.add_column(title, justify="right")
     for row in content["rows"]:
-        name = Text(row["name"] + (" *" if row["best"] else ""))
-        table.add_row(name, *row["cells"], style="bold" if row["best"] else "")
+        best = row.get("best", False)
+        table.add_row(Text(row["name"] + (" *" if best else "")), *row["cells"], style="bold" if best else "")
     return table
 
 

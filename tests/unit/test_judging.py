@@ -108,7 +108,7 @@ class Plan:
         return SimpleNamespace(
             ids=[str(i) for i in range(self.num + 2)],
             messages=[[{"role": "user", "content": f"question {i}"}] for i in range(self.num + 2)],
-            records=[{} for _ in range(self.num)] + turns,
+            records=[{"output": f"longer {i}"} for i in range(self.num)] + turns,
         )
 
 
@@ -177,6 +177,11 @@ def test_swapped_sides_mirror_the_result_and_no_verdict_is_asked_for_twice(tmp_p
         assert mirrored[key] == pytest.approx(1 - found[other], abs=1e-12)
     assert found["characters"] == mirrored["characters_against"] == pytest.approx(found["characters_against"] + 1)
     assert len(server.requests) == 120, "the swapped pairs are the same questions"
+    with fake_judge(habit) as server:
+        plan = Plan(endpoint(server), tmp_path, against="record.output")
+        beside = win_rates(plan, answers, seed=1)
+    assert (beside["fine"]["wins"], beside["fine"]["losses"]) == (0, 0), "they are the same, and the first is preferred"
+    assert (beside["instruct"]["wins"], beside["instruct"]["losses"]) == (0, 38)
     by_reward = Plan(RewardJudge(kind="reward"), tmp_path)
     found = win_rates(by_reward, answers, seed=1)["fine"]  # rewards 1, 2, 0 in turn against 0, 1, 2
     assert (found["wins"], found["ties"], found["losses"]) == (40, 0, 20)

@@ -67,6 +67,10 @@ def test_recipes_are_checked_without_torch():
         ),
         ("evaluate.win_rate={prompts: a.jsonl}", "evaluate: win_rate: give a judge"),
         (
+            "evaluate={prompts: a, judge: {kind: reward}, win_rate: {prompts: a, against: record.output}}",
+            "evaluate: win_rate.against: answers beside the prompts need a judge of kind endpoint",
+        ),
+        (
             "evaluate.judge={kind: endpont, url: a, model: b}",
             "evaluate.judge.kind: 'endpont' is not one of endpoint, reward; did you mean endpoint?",
         ),

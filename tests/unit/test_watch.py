@@ -240,6 +240,10 @@ def test_what_a_judge_found_has_tables_of_its_own(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     assert page.texts["td"][11:20] == ["80.0%", "62.5%", "95.0%", "7", "2", "1", "3", "1478", "900"]
     assert page.texts["td"][20:27] == ["7.85", "-", "8.20", "7.50", "5.50", "-", "4"]
+    console = Console(file=io.StringIO(), width=120)
+    with console.capture() as captured:
+        console.print(format_table(EVALUATION | judged))
+    assert "8.20" in captured.get()
     titles = ["model", "mean", "spread", "first turn", "second turn", "maths", "stem", "left out", "base"]
     assert titles == page.texts["th"][20:29]
 
