@@ -201,3 +201,12 @@ def test_recipes_are_frozen():
     recipe: Recipe = load_recipe(TINY)
     with pytest.raises(ValueError, match="frozen"):
         recipe.run.seed = 3  # type: ignore[misc]
+
+
+def test_sampling_ahead_needs_the_correction_for_it():
+    ahead = "rollout.max_staleness=1"
+    with pytest.raises(RecipeError, match=r"max_staleness: 1 makes samples off-policy; set learner.importance_clip"):
+        load_recipe(CONFIGS / "tiny.yaml", ahead)
+    assert load_recipe(CONFIGS / "tiny.yaml", ahead, "learner.importance_clip=2.0").rollout.max_staleness == 1
+    with pytest.raises(RecipeError, match="1 with rejection_sampling has no meaning"):
+        load_recipe(CONFIGS / "tiny_rejection_sampling.yaml", ahead)

@@ -1,0 +1,52 @@
+"""A step samples while the last one learns: who made which sample, and that each prompt counts once."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from c2f_ray import load_recipe, train
+from c2f_ray.data.prompts import draw
+from c2f_ray.watch.metrics import read_metrics
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+SETTINGS = [
+    "prompts.per_step=8", "length.max_tokens=24", "rollout.max_staleness=1", "learner.importance_clip=2.0",
+    "checkpoints.every_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps, and then, from their checkpoint, two more."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(load_recipe(CONFIG, "run.steps=2", *SETTINGS))
+        train(load_recipe(CONFIG, "run.steps=5", *SETTINGS))
+    return folder / "runs" / "tiny"
+
+
+def test_samples_lag_by_one_version_at_most(run: Path):
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["weights/version"] for line in lines] == [1, 2, 3, 4, 5]
+    # What was under way beyond a checkpoint is sampled anew, by the weights that the checkpoint holds.
+    assert [line["weights/staleness"] for line in lines] == [0, 1, 0, 1, 1]
+    for step, version in zip(range(1, 6), [0, 0, 2, 2, 3], strict=True):
+        rows = pq.read_table(run / "trajectories" / f"step_{step:06d}.parquet").to_pylist()
+        assert {row["weight_version"] for row in rows} == {version}
+    stale = [line["importance/max"] for line in lines if line["weights/staleness"]]
+    fresh = [line["importance/max"] for line in lines if not line["weights/staleness"]]
+    assert min(stale) > 1.01 > 1 + 1e-4 > max(fresh), "the ratio corrects for the version that made the sample"
+
+
+def test_each_prompt_is_learned_from_once_and_in_turn(run: Path, world: Path):
+    count = len((world / "prompts" / "train.jsonl").read_text().splitlines())
+    expected = [row for row, _ in draw(0, 40, [list(range(count))], 1, True)]
+    found = []
+    for step in range(1, 6):
+        rows = pq.read_table(run / "trajectories" / f"step_{step:06d}.parquet").to_pylist()
+        found += [int(row["prompt_id"].removeprefix("train-")) for row in rows if not row["greedy"]]
+    assert found == expected
