@@ -1,0 +1,48 @@
+"""`c2f-ray doctor --all-nodes` on a real Ray cluster, whose only node stands for two."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from c2f_ray.doctor import cluster as checks
+from c2f_ray.doctor.node import Finding, ok
+from c2f_ray.recipe import load_recipe
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the node cannot import this file
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+def light(recipe) -> list[Finding]:
+    """In place of a node's own checks, which have tests of their own."""
+    return [ok(f"recipe {recipe.run.name}")]
+
+
+def test_every_node_is_checked_and_they_reach_each_other(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    nodes = ray.nodes() * 2
+    monkeypatch.setattr(checks, "_alive", lambda: nodes)
+    monkeypatch.setattr(checks, "check_node", light)
+    recipe = load_recipe(CONFIG, f"run.folder={tmp_path}/runs", "learner.ranks=20")
+    found = [
+        (where, [str(finding) for finding in findings]) for where, findings in checks.diagnose(recipe, all_nodes=True)
+    ]
+    here, (where, of_ray), *each, between = found
+    assert here == ("this machine", ["ok       recipe tiny"])
+    assert where == "Ray"
+    token, guarded, no_room = of_ray
+    assert "Ray's token: " in token
+    assert guarded == "ok       Ray: refuses a wrong token"
+    # An engine and a reward worker as well: 22 actors on 16 CPUs.
+    assert no_room.startswith(
+        "failure  Ray: 2 nodes, 0 GPUs, 16 CPUs: 6 of the recipe's actors (learner) find no room; "
+    )
+    assert each == [(f"node {nodes[0]['NodeManagerAddress']}", ["ok       recipe tiny"])] * 2
+    assert between == (
+        "between nodes",
+        [f"ok       run folder: all nodes see {tmp_path}", "ok       broadcast over gloo: between 2 nodes"],
+    )
+    assert list(tmp_path.iterdir()) == []  # nothing is left of the file that was looked for
+    assert ray.is_initialized()  # a session that was there stays
