@@ -1,7 +1,8 @@
 """The workers of one scorer, seen from the driver.
 
 Invariants: a shard goes to the worker with the fewest tokens waiting; what a worker could not score is asked of another
-until its attempts are used up; no row is without a score and without a cause at the end.
+until its attempts are used up; no row is without a score and without a cause at the end; a row is to blame for the loss
+of a worker only if the worker had nothing else to do.
 """
 
 import time
@@ -38,6 +39,7 @@ class _Call:
     rows: list[int]
     attempts: int  # made before this one
     worker: "_Worker"
+    alone: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,10 +69,12 @@ class RewardPool:
         self.start_timeout_s = cluster.start_timeout_s
         self.restarts_left = cluster.max_restarts  # of workers that die before they are ready
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
+        self.calls_at_once = 1 if isinstance(reward, FunctionReward) else CALLS_AT_ONCE
+        self.suspects: list[tuple[Scoring, int]] = []  # rows that may have cost workers; each is asked alone, once
         options = {
             "num_gpus": gpus,
             "num_cpus": 0 if gpus else 1,
-            "max_concurrency": 1 if isinstance(reward, FunctionReward) else CALLS_AT_ONCE,
+            "max_concurrency": self.calls_at_once,
             "runtime_env": {"env_vars": engine_env(gpus)} if isinstance(reward, LogRatioReward) else None,
         }
         remote: Any = ray.remote(RewardWorker).options(**options)
@@ -94,13 +98,16 @@ class RewardPool:
     def known(self, scoring: Scoring) -> int:
         """How many of its rows have a score or a cause by now."""
         self._take_answers(0.0)
-        return int(np.isfinite(scoring.scores).sum()) + len(scoring.causes)
+        return len(scoring.scores) - self._unknown(scoring)
+
+    def _unknown(self, scoring: Scoring) -> int:
+        return int(np.isnan(scoring.scores).sum()) - len(scoring.causes)
 
     def collect(self, scorings: list[Scoring]) -> None:
         """Returns when each row of these has a score or a cause."""
-        wanted = {id(scoring) for scoring in scorings}
         self._take_answers(0.0)
-        while any(id(call.scoring) in wanted for worker in self.workers for call in worker.calls.values()):
+        while any(self._unknown(scoring) for scoring in scorings):
+            self._ask_suspects(scorings)
             busy = [worker for worker in self.workers if worker.calls]
             self._take_answers(max(0.0, min(self._deadline(worker) for worker in busy) - time.monotonic()))
             for worker in busy:
@@ -115,9 +122,22 @@ class RewardPool:
     def _call(self, scoring: Scoring, rows: list[int], attempts: int, before: _Worker | None) -> None:
         others = [worker for worker in self.workers if worker is not before] or self.workers
         worker = min(others, key=lambda worker: worker.tokens)
+        self._send(worker, _Call(scoring, rows, attempts, worker))
+
+    def _send(self, worker: _Worker, call: _Call) -> None:
         if not worker.calls:
             worker.heard_at = time.monotonic()
-        worker.calls[worker.actor.score.remote(scoring.shard, rows)] = _Call(scoring, rows, attempts, worker)
+        worker.calls[worker.actor.score.remote(call.scoring.shard, call.rows)] = call
+
+    def _ask_suspects(self, scorings: list[Scoring]) -> None:
+        """One of each worker, once nothing else is on its way; nothing else is sent before these are answered."""
+        if not all(call.alone for worker in self.workers for call in worker.calls.values()):
+            return
+        idle = [worker for worker in self.workers if not worker.calls]
+        wanted = [suspect for suspect in self.suspects if any(suspect[0] is scoring for scoring in scorings)]
+        for worker, (scoring, row) in zip(idle, wanted, strict=False):
+            self.suspects = [other for other in self.suspects if other[0] is not scoring or other[1] != row]
+            self._send(worker, _Call(scoring, [row], self.attempts - 1, worker, alone=True))
 
     def _take_answers(self, timeout_s: float) -> None:
         """All that have come; waits for the first of them."""
@@ -149,10 +169,7 @@ class RewardPool:
             call.scoring.causes |= {row: f"attempt {attempts}: {cause}" for row, cause in causes.items()}
 
     def _replace(self, worker: _Worker, why: str) -> None:
-        """Another actor takes the place of one that is lost. Its oldest call is what it was at; the others only waited.
-
-        The last attempt at a call that takes workers with it is made row by row: then one row alone is to blame.
-        """
+        """Another actor takes the place of one that is lost. It was at its oldest calls; the others only waited."""
         ray.kill(worker.actor)  # one that hangs still has its GPUs
         worker.is_ready = worker.is_ready or bool(ray.wait([worker.started], timeout=0)[0])
         if not worker.is_ready:
@@ -162,20 +179,19 @@ class RewardPool:
         new = self._start()
         self.workers[self.workers.index(worker)] = new
         for number, call in enumerate(worker.calls.values()):
-            if number == 0 and worker.is_ready:
+            if number < self.calls_at_once and worker.is_ready:
                 self._lost(call, new, why)
             else:
                 self._call(call.scoring, call.rows, call.attempts, new)
 
     def _lost(self, call: _Call, new: _Worker, why: str) -> None:
         attempts = call.attempts + 1
-        if len(call.rows) > 1 and attempts >= self.attempts - 1:
-            for row in call.rows:
-                self._call(call.scoring, [row], self.attempts - 1, new)
-        elif attempts < self.attempts:
+        if call.alone:
+            call.scoring.causes[call.rows[0]] = f"attempt {attempts}: the worker that scored it was lost: {why}"
+        elif attempts < self.attempts - 1:
             self._call(call.scoring, call.rows, attempts, new)
         else:
-            call.scoring.causes[call.rows[0]] = f"attempt {attempts}: the worker that scored it was lost: {why}"
+            self.suspects += [(call.scoring, row) for row in call.rows]
 
     def close(self) -> None:
         for worker in self.workers:

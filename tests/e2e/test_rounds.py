@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from c2f_ray import load_recipe, train
 from c2f_ray.learner.checkpoint import SavedPieces
-from c2f_ray.watch.metrics import read_metrics
+from c2f_ray.watch.metrics import read_metrics, without_timing
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_rejection_sampling.yaml"
 SETTINGS = [
@@ -29,7 +29,17 @@ def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train(load_recipe(CONFIG, *SETTINGS))
+        train(load_recipe(CONFIG, *SETTINGS, "run.name=again", "run.steps=1"))
     return folder / "runs" / "rounds"
+
+
+def test_the_same_seed_gives_the_same_round(run: Path):
+    lines = [read_metrics(folder / "metrics.jsonl")[0] for folder in (run, run.with_name("again"))]
+    first, again = ({k: v for k, v in without_timing(line).items() if k != "reward/ready"} for line in lines)
+    assert first == again
+    for name in ("step_000001", "heldout_000000", "heldout_000001"):
+        files = [folder / "trajectories" / f"{name}.parquet" for folder in (run, run.with_name("again"))]
+        assert pq.read_table(files[0]).to_pylist() == pq.read_table(files[1]).to_pylist()
 
 
 def test_each_round_keeps_the_best_of_every_prompt(run: Path):
