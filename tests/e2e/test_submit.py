@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from c2f_ray.watch.metrics import read_metrics
+from c2f_ray.watch.report import write_report
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -173,7 +174,9 @@ def refuse_secrets(token: str, *texts: str, folders: tuple[Path, ...]) -> None:
                 assert not path.is_file() or secret.encode() not in path.read_bytes(), f"a secret is in {path}"
 
 
-def test_submitted_followed_stopped_and_gone_on_with(nodes: Nodes, world: Path, folder: Path):
+def test_submitted_followed_stopped_and_gone_on_with(
+    nodes: Nodes, world: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     token = (nodes.session / "token").read_text()
     assert nodes.status(f"Bearer {token}") == 200
     assert nodes.status(None) == 401
@@ -225,6 +228,9 @@ def test_submitted_followed_stopped_and_gone_on_with(nodes: Nodes, world: Path, 
     assert not {".git", ".venv", ".cache", "runs"} & sent[checkout]
     assert sum(path.stat().st_size for path in checkout.rglob("*") if path.is_file()) < 5e6
 
+    for name, secret in PLANTED.items():
+        monkeypatch.setenv(name, secret)
+    write_report(run, [])
     (logs,) = nodes.session.glob("session_2*/logs")
     refuse_secrets(token, refused.stdout, submitted.stdout, log, again.stdout, folders=(run, logs))
 
