@@ -117,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nodes(folder: Path) -> Iterator[Nodes]:
     """A head and two nodes, as `ray start` makes them. Only the dashboard's address is known to their user."""
     session = Path(tempfile.mkdtemp(prefix="c2f-", dir="/tmp"))  # Ray's sockets need a short path
