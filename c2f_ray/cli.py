@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from c2f_ray.errors import C2FError, RecipeError
+from c2f_ray.errors import C2FError, RecipeError, StoppedError
 from c2f_ray.recipe import Recipe, load_recipe
 
 app = typer.Typer(
@@ -177,13 +177,19 @@ def _shipped(name: str) -> Path:
 
 
 def main() -> None:
-    """Runs the command line. Bad input ends with exit code 2, other known errors with 1, each in a few plain lines."""
+    """Runs the command line. Bad input ends with exit code 2, other known errors with 1, each in a few plain lines.
+
+    A run that a signal stopped ends with 128 + its number: 143 for SIGTERM, 130 for SIGINT.
+    """
     try:
         app()
     except RecipeError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as error:
+        print(error)
+        sys.exit(128 + error.signal)
     except C2FError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

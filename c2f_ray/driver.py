@@ -5,6 +5,7 @@ asked for is learned from exactly once, unless its update was not finite, which 
 hold the same weights when a step ends; a run that was killed goes on from its newest checkpoint.
 """
 
+import copy
 import json
 import shutil
 import time
@@ -33,6 +34,7 @@ from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearne
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import ray_session, train_needs
+from c2f_ray.stopping import Stopping
 from c2f_ray.waiting import wait_for
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
@@ -114,6 +116,8 @@ class Training:
         self.policy_config = checked.policy_config
         self.resume = checked.resume
         self.state = checked.resume.state if checked.resume else first_state(recipe)
+        self.stopping = stack.enter_context(Stopping())
+        self.unsaved: RunState | None = None  # after the last step, where no checkpoint has it
         self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
         self.seconds: dict[str, float] = {}
         self.ahead: Rollouts | None = None  # of the next step, made as the last one learned
@@ -144,19 +148,36 @@ class Training:
                 if lost:
                     self.restart_learner(lost, progress, log)
                     lost = None
+                self.stopping.release()
                 self.send_weights()
                 self.begin(progress)
                 while not self.finished():
                     metrics = self.step(progress)
                     log.write(metrics)
                     progress.step(metrics)
+                    self.unsaved = copy.deepcopy(self.state)
                     if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
                         progress.stage("checkpoint")
                         self.checkpoint()
+                    self.stopping.release()
                 self.end(progress)
                 done = True
             except LearnerLostError as error:
-                lost = error
+                lost, self.unsaved = error, None
+            except KeyboardInterrupt:
+                self.stop(progress)
+                raise
+
+    def stop(self, progress: Progress) -> None:
+        """Leaves a checkpoint of the last whole step; what was under way of the next one is given up."""
+        if self.unsaved:
+            progress.stage("checkpoint")
+            self.state = self.unsaved
+            self.checkpoint()
+        progress.note(
+            f"stopped after step {self.state.step} of {self.total_steps}"
+            + ("; the same command goes on from there" if self.state.step else "")
+        )
 
     def restart_learner(self, lost: LearnerLostError, progress: Progress, log: MetricsLog) -> None:
         """A new learner goes on from the newest checkpoint; engines and reward workers stay."""
@@ -220,6 +241,7 @@ class Training:
         self.admit(rollouts)
 
         batch = self.update_batch(rollouts)
+        self.stopping.hold()  # until the end of the step
         self.start_learning(rollouts, batch)
         self.ahead = None
         if self.recipe.rollout.max_staleness and self.state.step + 1 < self.total_steps:
@@ -408,6 +430,7 @@ class Training:
         write_checkpoint(self.folder, self.state, self.policy_config, self.learner.save)
         keep = self.recipe.checkpoints
         prune_checkpoints(self.folder, keep.keep_last, keep.keep_best)
+        self.unsaved = None
 
     def save(self, rollouts: Rollouts, path: Path) -> None:
         """Starts to write a step's trajectories."""

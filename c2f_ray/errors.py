@@ -1,5 +1,7 @@
 """The errors of c2f_ray: one family, each also the standard error that it resembles, all of them picklable."""
 
+from signal import Signals
+
 
 class C2FError(Exception):
     """Base of every error raised on purpose. Its text names the cause and the remedy."""
@@ -49,3 +51,14 @@ class JudgeError(C2FError, RuntimeError):
 
 class NonFiniteUpdateError(C2FError, ArithmeticError):
     """An update met infinity or NaN. The text names the quantity and the samples."""
+
+
+class StoppedError(C2FError):
+    """A signal stopped a run, which left a checkpoint of its last whole step. The exit code is 128 + the signal."""
+
+    def __init__(self, signal: Signals) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}"

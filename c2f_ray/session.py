@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 
 from c2f_ray.errors import RecipeError
 from c2f_ray.preflight import Needs, check_resources
@@ -76,7 +77,8 @@ def ray_session(recipe: Recipe, needs: Needs, address: str | None = None) -> Ite
 def _connect(address: str | None, cpus: int) -> None:
     """The cluster at `address`, or that of this node; where there is none (or `address` is `local`), a new one.
 
-    A new one offers as many CPUs as the actors reserve: on a laptop they share the cores.
+    A new one offers as many CPUs as the actors reserve: on a laptop they share the cores. It listens on loopback alone,
+    as do the process groups of its actors.
     """
     if address != "local":
         try:
@@ -85,6 +87,11 @@ def _connect(address: str | None, cpus: int) -> None:
         except (ConnectionError, ValueError) as error:
             if address:
                 raise RecipeError(f"RAY_ADDRESS: {address}: no cluster answers there: {error}") from None
+    # As on macOS and Windows. Without it Ray takes 127.0.0.1 for a mistake, and the machine's address in its place.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     ray.init(
         address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
     )
+    ray_constants.ENABLE_RAY_CLUSTER = True

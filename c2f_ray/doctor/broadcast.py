@@ -10,16 +10,18 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from c2f_ray.store import open_store
+
 TIMEOUT_S = 60.0
 ELEMENTS = 1 << 20
 
 
-def open_store() -> tuple[distributed.TCPStore, str, int]:
+def open_store_here() -> tuple[distributed.TCPStore, str, int]:
     """A store where ranks meet, on this node's address, which is how others reach it."""
     from ray.util import get_node_ip_address
 
     host = get_node_ip_address()
-    store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    store = open_store(host)
     return store, host, store.port
 
 
@@ -40,7 +42,7 @@ def take_part(backend: str, rank: int, world: int, host: str, port: int, device:
 
 def between_processes(backend: str) -> str | None:
     """Two processes of this node, each on a GPU of its own with NCCL. What went wrong, in a line; None if nothing."""
-    store, host, port = open_store()
+    store, host, port = open_store_here()
     command = [sys.executable, "-m", __name__, backend]
     processes = [
         subprocess.Popen([*command, str(rank), "2", host, str(port)], stderr=subprocess.PIPE, text=True)

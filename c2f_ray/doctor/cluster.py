@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from c2f_ray.doctor.broadcast import open_store, take_part
+from c2f_ray.doctor.broadcast import open_store_here, take_part
 from c2f_ray.doctor.node import Finding, check_node, failure, ok, warning
 from c2f_ray.plan.clusters import Node, actors_of, place
 from c2f_ray.recipe import Recipe
@@ -191,7 +191,7 @@ def broadcast(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
     for backend, members in (("gloo", nodes), ("nccl", with_gpus)):
         if len(members) < 2:
             continue
-        _store, host, port = open_store()
+        _store, host, port = open_store_here()
         refs = [
             _on(node, take_part, gpus=int(backend == "nccl")).remote(backend, rank, len(members), host, port)
             for rank, node in enumerate(members)

@@ -28,6 +28,7 @@ from c2f_ray.learner.remax import ReMax
 from c2f_ray.learner.sft import SFT
 from c2f_ray.learner.tally import Tally
 from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner, critic_model
+from c2f_ray.store import open_store
 from c2f_ray.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
@@ -48,7 +49,7 @@ class LearnerRank:
     def rendezvous(self) -> tuple[str, int]:
         """Opens the store where the ranks meet, on a free port of this node. Returns (address, port)."""
         address = ray.util.get_node_ip_address()
-        self.store = distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        self.store = open_store(address)
         return address, self.store.port
 
     def start(self, meeting: tuple[str, int]) -> None:

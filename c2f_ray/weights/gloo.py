@@ -31,6 +31,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from c2f_ray.errors import DeadlineError, WeightMismatchError
+from c2f_ray.store import open_store
 
 
 def register() -> None:
@@ -192,7 +193,10 @@ def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> Any:
     timeout = timedelta(seconds=info.timeout_s)
     gloo: Any = ProcessGroupGloo  # its stubs lack most of it
     with _gloo_errors(f"the group of {info.world_size} at {info.master_address}:{info.master_port}"):
-        store = TCPStore(info.master_address, info.master_port, is_master=rank == 0, timeout=timeout)
+        if rank == 0:
+            store = open_store(info.master_address, info.master_port, info.timeout_s)
+        else:
+            store = TCPStore(info.master_address, info.master_port, is_master=False, timeout=timeout)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((info.master_address, info.master_port))
             address = probe.getsockname()[0]
