@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from c2f_ray.session import ray_session, train_needs
 from c2f_ray.waiting import wait_for
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
+from c2f_ray.watch.timeline import Timeline
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
 
@@ -73,7 +74,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(given))
-        progress = stack.enter_context(Progress(checked.total_steps))
+        timeline = stack.enter_context(Timeline(folder, checked.total_steps, details=recipe.run.trace))
+        progress = stack.enter_context(Progress(checked.total_steps, timeline=timeline))
         log = stack.enter_context(closing(MetricsLog(folder, checked.resume.state.step if checked.resume else 0)))
         for note in checked.notes:
             progress.note(note)
@@ -82,7 +84,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
                 f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
             )
         progress.stage("starting the actors")
-        training = training_of(recipe.learner)(recipe, folder, checked, stack)
+        with timeline.span("driver", 0, "starting the actors"):
+            training = training_of(recipe.learner)(recipe, folder, checked, stack, timeline)
         del checked  # from here on the prompts' tokens are in the object store alone
         training.run(progress, log)
     return folder
@@ -99,8 +102,9 @@ def training_of(learner: Learner) -> "type[Training]":
 class Training:
     """The actors of one run and its state."""
 
-    def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack, timeline: Timeline) -> None:
         self.recipe = recipe
+        self.timeline = timeline
         self.folder = folder
         self.greedy_rollouts = isinstance(recipe.learner, ReMaxLearner)
         self.total_steps = checked.total_steps
@@ -120,10 +124,19 @@ class Training:
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
-            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
+            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, "dummy", timeline))
         )
         self.rewards = stack.enter_context(
-            closing(Rewards(recipe.reward, recipe.cluster, recipe.policy.model, self.prompts, recipe.run.deterministic))
+            closing(
+                Rewards(
+                    recipe.reward,
+                    recipe.cluster,
+                    recipe.policy.model,
+                    self.prompts,
+                    recipe.run.deterministic,
+                    timeline,
+                )
+            )
         )
         self.learner = LearnerGroup(recipe, checked.total_steps)
         stack.callback(lambda: self.learner.close())  # whichever it is then
@@ -152,7 +165,8 @@ class Training:
                     progress.step(metrics)
                     if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
                         progress.stage("checkpoint")
-                        self.checkpoint()
+                        with self.timeline.span("driver", self.state.step, "checkpoint"):
+                            self.checkpoint()
                 self.end(progress)
                 done = True
             except LearnerLostError as error:
@@ -227,7 +241,7 @@ class Training:
         with self.timed("learner", progress):
             learned = self.learn(rollouts)
         self.state.position = rollouts.position
-        with self.timed("weights", progress):
+        with self.timed("weights", progress, self.state.step + 1):
             self.state.weight_version += 1
             self.send_weights()
 
@@ -277,6 +291,7 @@ class Training:
 
     def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:
         self.updating = self.learner.start_update(rollouts.shards, batch)
+        self.timeline.span_of_call(self.updating.refs[0], "learner", rollouts.step)  # the ranks end together
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """The update's metrics. One that is not finite is saved aside with its cause; several in a row end the run."""
@@ -354,14 +369,14 @@ class Training:
         """Generates and scores; a shard is sent to be scored the moment that it arrives."""
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
-        with self.timed("rollout", progress):
+        with self.timed("rollout", progress, step):
             asked = []
             ordered = self.recipe.run.deterministic
             for shard, info in self.rollouts.generate(requests, limit, ordered, self.revive):
                 shards.append(shard)
                 infos.append(info)
                 asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
-        with self.timed("reward", progress):
+        with self.timed("reward", progress, step):
             ready = self.rewards.ready(asked)
             scored = self.rewards.collect(asked)
         info = TrajectoryInfo.concat(infos)
@@ -430,10 +445,12 @@ class Training:
             wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
 
     @contextmanager
-    def timed(self, stage: str, progress: Progress) -> Iterator[None]:
+    def timed(self, stage: str, progress: Progress, step: int | None = None) -> Iterator[None]:
+        """Adds to the step's seconds; with ``step`` it is also that step's span in the timeline."""
         progress.stage(stage)
         began = time.perf_counter()
-        yield
+        with self.timeline.span(stage, step) if step is not None else nullcontext():
+            yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 

@@ -18,6 +18,7 @@ from c2f_ray.errors import ActorDiedError
 from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
 from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
 from c2f_ray.waiting import wait_for_start
+from c2f_ray.watch.timeline import Timeline
 
 CALLS_AT_ONCE = 16  # of a worker with a model: their conversations share batches
 
@@ -58,8 +59,19 @@ class _Worker:
 
 
 class RewardPool:
-    def __init__(self, scorer: Scorer, cluster: Cluster, policy_tokenizer: str, prompts: Any, ordered: bool) -> None:
+    def __init__(
+        self,
+        label: str,
+        scorer: Scorer,
+        cluster: Cluster,
+        policy_tokenizer: str,
+        prompts: Any,
+        ordered: bool,
+        timeline: Timeline | None,
+    ) -> None:
         """``prompts`` refers to the PromptSet that the shards' rows are of; ``ordered``: no batches across shards."""
+        self.label = label
+        self.timeline = timeline
         reward, gpus = scorer.reward, scorer.gpus
         self.name = "reward workers" + (f" of {scorer.model}" if scorer.model else "")
         self.timeout_s = reward.timeout_s
@@ -117,7 +129,11 @@ class RewardPool:
         worker = min(others, key=lambda worker: worker.tokens)
         if not worker.calls:
             worker.heard_at = time.monotonic()
-        worker.calls[worker.actor.score.remote(scoring.shard, rows)] = _Call(scoring, rows, attempts, worker)
+        ref = worker.actor.score.remote(scoring.shard, rows)
+        worker.calls[ref] = _Call(scoring, rows, attempts, worker)
+        if self.timeline is not None:
+            row = f"reward {self.label} {self.workers.index(worker)}"
+            self.timeline.follow(ref, row, f"{len(rows)} samples")
 
     def _take_answers(self, timeout_s: float) -> None:
         """All that have come; waits for the first of them."""
@@ -159,6 +175,8 @@ class RewardPool:
             if self.restarts_left == 0:
                 raise ActorDiedError(f"{self.name}: one was lost before it was ready: {why}")
             self.restarts_left -= 1
+        if self.timeline is not None:
+            self.timeline.note(f"a reward worker of {self.label} is replaced: {why}")
         new = self._start()
         self.workers[self.workers.index(worker)] = new
         for number, call in enumerate(worker.calls.values()):

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from c2f_ray.watch.metrics import MetricsLine
+from c2f_ray.watch.timeline import Span
 
 # Matplotlib wants real colours: these stand in for CSS variables until the SVG is written.
 INK = "#00ff01"
@@ -110,6 +111,25 @@ def diagnosis_chart(rows: Sequence[Mapping[str, Any]]) -> str:
         cosines.set_ylabel("cosine")
         cosines.set_xlabel("layer")
         return _svg(figure, title)
+
+
+def timeline_chart(spans: Sequence[Span]) -> str:
+    """SVG of what each row did, over seconds since the first span's beginning; a stage's name is its colour."""
+    rows = list(dict.fromkeys(span.row for span in spans))
+    names = list(dict.fromkeys(span.row.split()[0] for span in spans))
+    colours = {name: SERIES[i % len(SERIES)] for i, name in enumerate(names)}
+    began = min(span.began for span in spans)
+    until = max(span.ended or span.began for span in spans)
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, (axes,) = _figure(height=0.7 + 0.24 * len(rows))
+        for number, row in enumerate(rows):
+            bars = [(span.began - began, (span.ended or until) - span.began) for span in spans if span.row == row]
+            axes.broken_barh(bars, (number - 0.38, 0.76), facecolors=colours[row.split()[0]], linewidth=0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds")
+        axes.xaxis.set_major_locator(MaxNLocator())
+        return _svg(figure, "Timeline")
 
 
 def column(lines: Sequence[MetricsLine], key: str) -> NDArray[np.float64] | None:

@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from c2f_ray import load_recipe, train
 from c2f_ray.learner.checkpoint import SavedPieces
 from c2f_ray.watch.metrics import read_metrics
+from c2f_ray.watch.timeline import read_trace, spans_of
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_rejection_sampling.yaml"
 SETTINGS = [
     "run.name=rounds", "run.steps=3", "run.deterministic=true", "prompts.per_step=8", "rollout.samples_per_prompt=4",
     "length.max_tokens=16", "evaluate.num_prompts=8", "checkpoints.every_steps=1", "checkpoints.keep_last=3",
     "learner.responses_per_update=4", "learner.patience=9", "learner.restart_from=start", "learner.epochs=2",
-    "learner.optimizer.lr=3.0e-3",
+    "learner.optimizer.lr=3.0e-3", "run.trace=true",
 ]  # fmt: skip
 
 
@@ -68,3 +69,18 @@ def test_the_peak_round_is_the_coarse_actor(run: Path):
             for name, tensor in coarse.items()
         ]
         assert all(same) == (number == peak)
+
+
+def test_the_trace_has_every_stage_shard_and_scoring_call(run: Path):
+    spans = spans_of(read_trace(run))
+    stages = [(span.row, span.step) for span in spans if span.step and span.row in ("rollout", "learner", "weights")]
+    held_out, trained = [("rollout", 1)], [("rollout", 1), ("learner", 1), ("weights", 1)]
+    for step in (2, 3):
+        trained += [("rollout", step), ("rollout", step), ("learner", step), ("weights", step)]
+    assert stages == [*held_out, *trained, ("rollout", 4)]
+    for row in ("rollout 0", "reward log_ratio_policy 0", "reward log_ratio_reference 0"):
+        mine = [span for span in spans if span.row.split(" (")[0] == row]
+        assert sum(int(span.name.split()[0]) for span in mine) == 3 * 32 + 4 * 32, row
+    first = next(span for span in spans if span.row == "rollout 0")
+    asked = next(span for span in spans if span.row == "reward log_ratio_policy 0")
+    assert first.ended is not None and first.ended == pytest.approx(asked.began, abs=0.1)
