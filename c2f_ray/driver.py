@@ -76,7 +76,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         (folder / "recipe.yaml").write_text(dump_recipe(given))
         timeline = stack.enter_context(Timeline(folder, checked.total_steps, details=recipe.run.trace))
         progress = stack.enter_context(Progress(checked.total_steps, timeline=timeline))
-        log = stack.enter_context(closing(MetricsLog(folder, checked.resume.state.step if checked.resume else 0)))
+        step = checked.resume.state.step if checked.resume else 0
+        log = stack.enter_context(closing(MetricsLog(folder, step, recipe.run.wandb)))
         for note in checked.notes:
             progress.note(note)
         if checked.prompts.num_dropped:
