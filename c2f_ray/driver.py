@@ -33,10 +33,10 @@ from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearne
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import ray_session, train_needs
+from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
-from c2f_ray.watch.timeline import Timeline
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
 

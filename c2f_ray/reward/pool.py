@@ -17,8 +17,8 @@ from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
 from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
 from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
+from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for_start
-from c2f_ray.watch.timeline import Timeline
 
 CALLS_AT_ONCE = 16  # of a worker with a model: their conversations share batches
 

@@ -9,7 +9,7 @@ from c2f_ray.data.trajectory import Bool, Float32, Int64
 from c2f_ray.recipe.schema import Cluster, LogRatioReward, Reward, reward_parts
 from c2f_ray.reward.pool import RewardPool, Scoring
 from c2f_ray.reward.worker import Float64, Scorer
-from c2f_ray.watch.timeline import Timeline
+from c2f_ray.timeline import Timeline
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
+from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for, wait_for_start
-from c2f_ray.watch.timeline import Timeline
 
 PING_S = 20.0  # for an idle actor to answer
 

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from c2f_ray.watch.timeline import Timeline
+from c2f_ray.timeline import Timeline
 
 
 class Progress:

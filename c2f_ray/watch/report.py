@@ -15,10 +15,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from c2f_ray.timeline import last_steps, read_trace, spans_of
 from c2f_ray.watch.charts import charts, column, compare, diagnosis_chart, timeline_chart
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
 from c2f_ray.watch.progress import duration
-from c2f_ray.watch.timeline import last_steps, read_trace, spans_of
 
 # Columns of the evaluation table: key in `metrics`, title, format. Others that a grader returns come after them.
 COLUMNS = [

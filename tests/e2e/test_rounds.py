@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from c2f_ray import load_recipe, train
 from c2f_ray.learner.checkpoint import SavedPieces
+from c2f_ray.timeline import read_trace, spans_of
 from c2f_ray.watch.metrics import read_metrics
-from c2f_ray.watch.timeline import read_trace, spans_of
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_rejection_sampling.yaml"
 SETTINGS = [

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from c2f_ray.recipe import dump_recipe, load_recipe
+from c2f_ray.timeline import Timeline, last_steps, read_trace, spans_of
 from c2f_ray.watch.dashboard import frame, sparkline, watch
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.report import write_report
-from c2f_ray.watch.timeline import Timeline, last_steps, read_trace, spans_of
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 NOW = 1_800_000_000.0
@@ -36,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("c2f_ray.watch.timeline.time", clock)
+    monkeypatch.setattr("c2f_ray.timeline.time", clock)
     return clock
 
 
