@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
@@ -34,9 +34,10 @@ class Timeline:
         self.details = details
         self._total_steps = total_steps
         self._rows: dict[str, int] = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+        self._step: dict[str, int] = {}  # by row: of the stage that goes on
         self._ended: dict[str, float] = {}  # by row: when its last detail did
         self._zero = time.time() - time.perf_counter()
-        self._lock = Lock()  # results of calls are told by Ray's own thread
+        self._lock = RLock()  # results of calls are told by Ray's own thread
         path.write_text(before[: before.rfind("\n") + 1] or "[\n")  # without a line that a crash cut short
         self._file = path.open("a")
         for span in spans_of(events):
@@ -53,13 +54,31 @@ class Timeline:
 
     @contextmanager
     def span(self, row: str, step: int, name: str = "") -> Iterator[None]:
-        """A stage of a step, on the row of its role; nothing else on that row begins before it ends."""
-        shown = {"name": name or row, "args": {"step": step, "of": self._total_steps}}
-        self._write(row, {"ph": "B", "ts": self._micros(time.perf_counter())} | shown)
+        """A stage of a step, on the row of its role."""
+        self._begin(row, step, name or row)
         try:
             yield
         finally:
-            self._write(row, {"ph": "E", "ts": self._micros(time.perf_counter())})
+            self._end(row, step)
+
+    def span_of_call(self, ref: Any, row: str, step: int) -> None:
+        """A stage that begins now, and ends when the result of an actor's call is there."""
+        self._begin(row, step, row)
+        ref.future().add_done_callback(lambda _: self._end(row, step))
+
+    def _begin(self, row: str, step: int, name: str) -> None:
+        with self._lock:
+            if row in self._step:  # the end of its last stage is told late
+                self._end(row, self._step[row])
+            self._step[row] = step
+            shown = {"name": name, "args": {"step": step, "of": self._total_steps}}
+            self._write(row, {"ph": "B", "ts": self._micros(time.perf_counter())} | shown)
+
+    def _end(self, row: str, step: int) -> None:
+        with self._lock:
+            if self._step.get(row) == step:
+                del self._step[row]
+                self._write(row, {"ph": "E", "ts": self._micros(time.perf_counter())})
 
     def add(self, row: str, name: str, began: float) -> None:
         """A detail that has just ended."""

@@ -21,7 +21,7 @@ from c2f_ray.watch.progress import duration
 REFRESH_S = 2.0
 WIDTH = 60  # characters of the timeline and of a curve
 STEPS_SHOWN = 3  # in the timeline
-MEAN_OVER = 10  # steps over which a role's share of the time is taken
+MEAN_OVER = 10  # steps over which the time of one is taken
 NOTES_SHOWN = 5
 BARS = "▁▂▃▄▅▆▇█"
 CURVES = [
@@ -61,12 +61,13 @@ def frame(folder: Path, recipe: Recipe, now: float) -> RenderableType:
     spans = spans_of(events)
     state, over = _state(events, now)
     parts: list[RenderableType] = [_head(spans, lines, state)]
-    if shown := last_steps([span for span in spans if span.step is not None], STEPS_SHOWN):
-        until = max(span.ended or now for span in shown) if over else now
+    shown = last_steps([span for span in spans if span.step is not None], STEPS_SHOWN)
+    until = max((span.ended or now for span in shown), default=now) if over else now
+    if shown:
         parts.append(_timeline(shown, until))
     if lines:
         parts.append(_curves(lines))
-    parts.append(_roles(recipe, lines, [] if over else spans, now))
+    parts.append(_roles(recipe, shown, [] if over else spans, until))
     notes = [event for event in events if event["ph"] == "i"][-NOTES_SHOWN:]
     parts += [Text(f"{_clock(event['ts'] / 1e6)} {_first_line(event['name'])}", style="dim") for event in notes]
     return Panel(Group(*parts), title=f"c2f_ray {folder.resolve().name}", title_align="left", border_style="dim")
@@ -88,7 +89,9 @@ def _head(spans: Sequence[Span], lines: Sequence[MetricsLine], state: str) -> Ta
     done = lines[-1]["step"] or 0 if lines else 0
     table = Table.grid(padding=(0, 2))
     seconds = [line["time/step_s"] or 0.0 for line in lines[-MEAN_OVER:]]
-    left = f"about {duration(sum(seconds) / len(seconds) * (total - done))} left" if seconds and total else ""
+    left = ""
+    if seconds and total and done < total:
+        left = f"about {duration(sum(seconds) / len(seconds) * (total - done))} left"
     table.add_row(f"step {done:.0f}/{total or '?'}", ProgressBar(total or 1, done, width=30), state, left)
     return table
 
@@ -130,20 +133,20 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
 
-def _roles(recipe: Recipe, lines: Sequence[MetricsLine], spans: Sequence[Span], now: float) -> Table:
-    """Actors and GPUs of each role, the share of the last steps in which it worked, and how far its stage is."""
+def _roles(recipe: Recipe, shown: Sequence[Span], spans: Sequence[Span], until: float) -> Table:
+    """Actors and GPUs of each role, its share of the time that is shown, and how far its stage is."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("role", "actors", "GPUs", "busy", "in work"):
         table.add_column(title, justify="left" if title in ("role", "in work") else "right")
     actors = actors_of(recipe)
-    recent = [line for line in lines[-MEAN_OVER:] if line.get("time/step_s")]
-    together = sum(line["time/step_s"] or 0.0 for line in recent)
+    together = until - min((span.began for span in shown), default=until)
     for role in ("rollout", "reward", "learner", "driver"):
-        mine = [actor for actor in actors if actor.role.startswith(role)]
-        seconds = sum(line.get(f"time/{role}_s") or 0.0 for line in recent)
-        busy = f"{seconds / together:.0%}" if together and role != "driver" else ""
-        doing = [f"{span.name}, {now - span.began:.0f} s" for span in spans if span.row == role and span.ended is None]
-        table.add_row(role, str(len(mine) or 1), str(sum(actor.gpus for actor in mine)), busy, *doing)
+        mine = [actor for actor in actors if actor.role == role]
+        busy = sum((span.ended or until) - span.began for span in shown if span.row == role)
+        share = f"{busy / together:.0%}" if together else ""
+        doing = [f"{span.name}, {until - span.began:.0f} s" for span in spans if span.row == role and not span.ended]
+        gpus = sum(actor.gpus for actor in mine)
+        table.add_row(role, str(len(mine) or 1), str(gpus), share, ", ".join(doing))
     return table
 
 

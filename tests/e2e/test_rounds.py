@@ -74,13 +74,11 @@ def test_the_peak_round_is_the_coarse_actor(run: Path):
 def test_the_trace_has_every_stage_shard_and_scoring_call(run: Path):
     spans = spans_of(read_trace(run))
     stages = [(span.row, span.step) for span in spans if span.step and span.row in ("rollout", "learner", "weights")]
-    held_out, trained = [("rollout", 1)], [("rollout", 1), ("learner", 1), ("weights", 1)]
-    for step in (2, 3):
-        trained += [("rollout", step), ("rollout", step), ("learner", step), ("weights", step)]
-    assert stages == [*held_out, *trained, ("rollout", 4)]
+    round_and_held_out = ("rollout", "learner", "weights", "rollout")
+    assert stages == [(row, step) for step in (1, 2, 3) for row in round_and_held_out]
     for row in ("rollout 0", "reward log_ratio_policy 0", "reward log_ratio_reference 0"):
         mine = [span for span in spans if span.row.split(" (")[0] == row]
         assert sum(int(span.name.split()[0]) for span in mine) == 3 * 32 + 4 * 32, row
     first = next(span for span in spans if span.row == "rollout 0")
     asked = next(span for span in spans if span.row == "reward log_ratio_policy 0")
-    assert first.ended is not None and first.ended == pytest.approx(asked.began, abs=0.1)
+    assert first.ended is not None and 0 <= asked.began - first.ended < 5

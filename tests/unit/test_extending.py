@@ -60,7 +60,10 @@ def test_a_new_algorithm(monkeypatch):
         weight_version=np.zeros(6, np.int32),
     )  # fmt: skip
     rewards = np.array([1, 0, 2, 5, 5, 2], np.float32)
-    batch = training.update_batch(Rollouts([], [], info, rewards, {}, 0, 1.0))
+    rollouts = Rollouts(
+        step=1, shards=[], scored=[], info=info, rewards=rewards, parts={}, limit=16, dropped=0, ready=1.0
+    )
+    batch = training.update_batch(rollouts)
     assert batch.baseline is not None
     assert batch.baseline.tolist() == [1.0, 1.5, 0.5, 3.5, 3.5, 5.0]
     assert (batch.reward - batch.baseline).sum() == pytest.approx(0)

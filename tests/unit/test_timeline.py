@@ -84,6 +84,23 @@ class FakeRef:
         return self.result
 
 
+def test_a_step_that_learns_while_the_next_one_samples(tmp_path, clock):
+    """The learner's answer is told late, when it is at the next step already."""
+    first, second = Future(), Future()
+    with Timeline(tmp_path, 3, details=False) as timeline:
+        timeline.span_of_call(FakeRef(first), "learner", 1)
+        with timeline.span("rollout", 2):
+            clock.seconds = 4
+        timeline.span_of_call(FakeRef(second), "learner", 2)
+        first.set_result(None)
+        clock.seconds = 7
+        second.set_result(None)
+    found = [
+        (span.row, span.step, span.began - NOW, (span.ended or 0) - NOW) for span in spans_of(read_trace(tmp_path))
+    ]
+    assert found == [("learner", 1, 0, 4), ("rollout", 2, 0, 4), ("learner", 2, 4, 7)]
+
+
 def test_details_are_left_out_where_the_recipe_does_not_ask(tmp_path, clock):
     with Timeline(tmp_path, 3, details=False) as timeline:
         timeline.add("rollout 0", "8 samples", 50.0)
@@ -145,8 +162,8 @@ def test_a_frame_says_how_the_run_goes(run, clock):
     assert bars["rollout"] == "█" * 12 + "·" * 18 + "█" * 18 + "·" * 12
     assert bars["reward"] == "·" * 12 + "█" * 3 + "·" * 45
     assert bars["learner"] == "·" * 15 + "█" * 15 + "·" * 18 + "█" * 12
-    assert re.search(r"rollout +1 +0 +40%", text)
-    assert re.search(r"learner +2 +0 +50% +learner, 4 s", text)
+    assert re.search(r"rollout +1 +0 +50%", text)
+    assert re.search(r"learner +2 +0 +45% +learner, 4 s", text)
     assert "rollout actor 0 is replaced: it died" in text
     assert "traceback" not in text
 
