@@ -201,4 +201,4 @@ def test_the_report_has_the_last_two_steps(tmp_path, clock):
     page = write_report(tmp_path).read_text()
     chart = page[page.index("Timeline of the last steps") :].split("</svg>")[0]
     labels = re.findall(r">([a-z][a-z0-9 ]+)</text>", chart)
-    assert labels == ["seconds", "rollout", "reward", "learner", "rollout actor 2", "rollout actor 3"]
+    assert labels == ["seconds", "rollout", "rollout actor 2", "rollout actor 3", "reward", "learner"]
