@@ -165,6 +165,19 @@ def report(
     print(f"report: {write_report(run, beside or [])}")
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, such as runs/tiny.")],
+    once: Annotated[bool, typer.Option("--once", help="One frame, for a log.")] = False,
+) -> None:
+    """Show how a run goes, from its files: stages, reward, lengths, throughput, roles, what went wrong."""
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError(f"{run}: not a run's folder: it has no recipe.yaml")
+    from c2f_ray.watch.dashboard import watch
+
+    watch(run, once=once)
+
+
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, *(overrides or []))
 

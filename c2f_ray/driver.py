@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.session import ray_session, train_needs
 from c2f_ray.stopping import Stopping
+from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
@@ -75,8 +76,10 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(dump_recipe(given))
-        progress = stack.enter_context(Progress(checked.total_steps))
-        log = stack.enter_context(closing(MetricsLog(folder, checked.resume.state.step if checked.resume else 0)))
+        timeline = stack.enter_context(Timeline(folder, checked.total_steps, details=recipe.run.trace))
+        progress = stack.enter_context(Progress(checked.total_steps, timeline=timeline))
+        step = checked.resume.state.step if checked.resume else 0
+        log = stack.enter_context(closing(MetricsLog(folder, step, recipe.run.wandb)))
         for note in checked.notes:
             progress.note(note)
         if checked.prompts.num_dropped:
@@ -84,7 +87,8 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
                 f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
             )
         progress.stage("starting the actors")
-        training = training_of(recipe.learner)(recipe, folder, checked, stack)
+        with timeline.span("driver", 0, "starting the actors"):
+            training = training_of(recipe.learner)(recipe, folder, checked, stack, timeline)
         del checked  # from here on the prompts' tokens are in the object store alone
         training.run(progress, log)
     return folder
@@ -101,8 +105,9 @@ def training_of(learner: Learner) -> "type[Training]":
 class Training:
     """The actors of one run and its state."""
 
-    def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack, timeline: Timeline) -> None:
         self.recipe = recipe
+        self.timeline = timeline
         self.folder = folder
         self.greedy_rollouts = isinstance(recipe.learner, ReMaxLearner)
         self.total_steps = checked.total_steps
@@ -124,10 +129,19 @@ class Training:
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
-            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, load_format="dummy"))
+            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, "dummy", timeline))
         )
         self.rewards = stack.enter_context(
-            closing(Rewards(recipe.reward, recipe.cluster, recipe.policy.model, self.prompts, recipe.run.deterministic))
+            closing(
+                Rewards(
+                    recipe.reward,
+                    recipe.cluster,
+                    recipe.policy.model,
+                    self.prompts,
+                    recipe.run.deterministic,
+                    timeline,
+                )
+            )
         )
         self.learner = LearnerGroup(recipe, checked.total_steps)
         stack.callback(lambda: self.learner.close())  # whichever it is then
@@ -158,7 +172,8 @@ class Training:
                     self.unsaved = copy.deepcopy(self.state)
                     if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
                         progress.stage("checkpoint")
-                        self.checkpoint()
+                        with self.timeline.span("driver", self.state.step, "checkpoint"):
+                            self.checkpoint()
                     self.stopping.release()
                 self.end(progress)
                 done = True
@@ -249,7 +264,7 @@ class Training:
         with self.timed("learner", progress):
             learned = self.learn(rollouts)
         self.state.position = rollouts.position
-        with self.timed("weights", progress):
+        with self.timed("weights", progress, self.state.step + 1):
             self.state.weight_version += 1
             self.send_weights()
 
@@ -299,6 +314,7 @@ class Training:
 
     def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:
         self.updating = self.learner.start_update(rollouts.shards, batch)
+        self.timeline.span_of_call(self.updating.refs[0], "learner", rollouts.step)  # the ranks end together
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """The update's metrics. One that is not finite is saved aside with its cause; several in a row end the run."""
@@ -376,14 +392,14 @@ class Training:
         """Generates and scores; a shard is sent to be scored the moment that it arrives."""
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
-        with self.timed("rollout", progress):
+        with self.timed("rollout", progress, step):
             asked = []
             ordered = self.recipe.run.deterministic
             for shard, info in self.rollouts.generate(requests, limit, ordered, self.revive):
                 shards.append(shard)
                 infos.append(info)
                 asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
-        with self.timed("reward", progress):
+        with self.timed("reward", progress, step):
             ready = self.rewards.ready(asked)
             scored = self.rewards.collect(asked)
         info = TrajectoryInfo.concat(infos)
@@ -453,10 +469,12 @@ class Training:
             wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
 
     @contextmanager
-    def timed(self, stage: str, progress: Progress) -> Iterator[None]:
+    def timed(self, stage: str, progress: Progress, step: int | None = None) -> Iterator[None]:
+        """Adds to the step's seconds; with ``step`` it is also that step's span in the timeline."""
         progress.stage(stage)
         began = time.perf_counter()
-        yield
+        with self.timeline.span(stage, step) if step is not None else nullcontext():
+            yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 

@@ -1,8 +1,10 @@
 """Everything that can be known to be wrong before any actor starts, found together and told in one error."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +73,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             return None
 
     attempt(check_reward, recipe.reward)
+    attempt(check_wandb, recipe.run.wandb)
     config = attempt(check_model, "policy.model", recipe.policy.model)
     template = attempt(training_template, recipe) if config else None
     prompts = attempt(training_prompts, recipe, template) if template else None
@@ -101,6 +104,19 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
             "none for the policy; lower it, or train longer"
         )
     return Checked(prompts, groups, heldout, template, total_steps, architecture, *continued)
+
+
+def check_wandb(project: str | None) -> None:
+    if project is None:
+        return
+    if find_spec("wandb") is None:
+        raise RecipeError(
+            f"run.wandb: {project!r} needs the package wandb, which is not installed; install it, or leave this out"
+        )
+    if "WANDB_API_KEY" not in os.environ and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        raise RecipeError(
+            f"run.wandb: {project!r} needs the environment variable WANDB_API_KEY, or WANDB_MODE=offline; it is not set"
+        )
 
 
 def check_minibatches(recipe: Recipe, learner: PPOLearner) -> None:

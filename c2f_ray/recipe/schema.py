@@ -26,6 +26,8 @@ class Run(Section):
     steps: Count | None = None  # stop after so many updates; either this or `epochs`
     epochs: Count | None = None  # stop after so many passes over the prompts
     deterministic: bool = False  # compose batches by sample id: the same seed then gives the same bytes
+    trace: bool = False  # every shard and scoring call goes into trace.json, where the stages always are
+    wandb: str | None = None  # a project of Weights & Biases; the key is the environment's WANDB_API_KEY
 
     @model_validator(mode="after")
     def _one_end(self) -> "Run":

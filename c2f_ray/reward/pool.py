@@ -18,6 +18,7 @@ from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
 from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
 from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
+from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for_start
 
 CALLS_AT_ONCE = 16  # of a worker with a model: their conversations share batches
@@ -60,8 +61,19 @@ class _Worker:
 
 
 class RewardPool:
-    def __init__(self, scorer: Scorer, cluster: Cluster, policy_tokenizer: str, prompts: Any, ordered: bool) -> None:
+    def __init__(
+        self,
+        label: str,
+        scorer: Scorer,
+        cluster: Cluster,
+        policy_tokenizer: str,
+        prompts: Any,
+        ordered: bool,
+        timeline: Timeline | None,
+    ) -> None:
         """``prompts`` refers to the PromptSet that the shards' rows are of; ``ordered``: no batches across shards."""
+        self.label = label
+        self.timeline = timeline
         reward, gpus = scorer.reward, scorer.gpus
         self.name = "reward workers" + (f" of {scorer.model}" if scorer.model else "")
         self.timeout_s = reward.timeout_s
@@ -127,7 +139,11 @@ class RewardPool:
     def _send(self, worker: _Worker, call: _Call) -> None:
         if not worker.calls:
             worker.heard_at = time.monotonic()
-        worker.calls[worker.actor.score.remote(call.scoring.shard, call.rows)] = call
+        ref = worker.actor.score.remote(call.scoring.shard, call.rows)
+        worker.calls[ref] = call
+        if self.timeline is not None:
+            row = f"reward {self.label} {self.workers.index(worker)}"
+            self.timeline.follow(ref, row, f"{len(call.rows)} samples")
 
     def _ask_suspects(self, scorings: list[Scoring]) -> None:
         """One of each worker, once nothing else is on its way; nothing else is sent before these are answered."""
@@ -176,6 +192,8 @@ class RewardPool:
             if self.restarts_left == 0:
                 raise ActorDiedError(f"{self.name}: one was lost before it was ready: {why}")
             self.restarts_left -= 1
+        if self.timeline is not None:
+            self.timeline.note(f"a reward worker of {self.label} is replaced: {why}")
         new = self._start()
         self.workers[self.workers.index(worker)] = new
         for number, call in enumerate(worker.calls.values()):

@@ -9,6 +9,7 @@ from c2f_ray.data.trajectory import Bool, Float32, Int64
 from c2f_ray.recipe.schema import Cluster, LogRatioReward, Reward, reward_parts
 from c2f_ray.reward.pool import RewardPool, Scoring
 from c2f_ray.reward.worker import Float64, Scorer
+from c2f_ray.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,13 @@ class _Asked:
 
 class Rewards:
     def __init__(
-        self, reward: Reward, cluster: Cluster, policy_tokenizer: str, prompts: Any, ordered: bool = False
+        self,
+        reward: Reward,
+        cluster: Cluster,
+        policy_tokenizer: str,
+        prompts: Any,
+        ordered: bool = False,
+        timeline: Timeline | None = None,
     ) -> None:
         """``prompts`` refers to the PromptSet that shards name rows of; ``ordered``: what is computed together does
         not depend on time."""
@@ -42,7 +49,7 @@ class Rewards:
         # All start before any is waited for.
         self.pools: dict[str, list[tuple[str, float, RewardPool]]] = {
             name: [
-                (label, sign, RewardPool(scorer, cluster, policy_tokenizer, prompts, ordered))
+                (label, sign, RewardPool(label, scorer, cluster, policy_tokenizer, prompts, ordered, timeline))
                 for label, sign, scorer in scorers(name, part.reward)
             ]
             for name, part in self.parts.items()

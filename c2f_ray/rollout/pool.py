@@ -19,6 +19,7 @@ from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
+from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for, wait_for_start
 
 PING_S = 20.0  # for an idle actor to answer
@@ -27,8 +28,16 @@ PING_S = 20.0  # for an idle actor to answer
 class RolloutPool:
     """Starts `rollout.actors` actors. `prompt_tokens` is a reference to the `Ragged` of all prompts' ids."""
 
-    def __init__(self, recipe: Recipe, prompt_tokens: Any, max_model_tokens: int, load_format: LoadFormat) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompt_tokens: Any,
+        max_model_tokens: int,
+        load_format: LoadFormat,
+        timeline: Timeline | None = None,
+    ) -> None:
         rollout = recipe.rollout
+        self.timeline = timeline
         gpus = rollout.gpus_per_actor
         options = {
             "num_gpus": gpus,
@@ -60,6 +69,8 @@ class RolloutPool:
         if self.restarts_left == 0:
             raise ActorDiedError(f"rollout actor {number} died, and cluster.max_restarts is used up: {cause}")
         self.restarts_left -= 1
+        if self.timeline is not None:
+            self.timeline.note(f"rollout actor {number} is replaced: {cause}")
         ray.kill(self.actors[number])  # one that hangs still has its GPUs
         self.actors[number] = self.new_actor()
         self.starting[number] = self.actors[number].ready.remote()
@@ -140,6 +151,10 @@ class RolloutPool:
                     for sample_id in info.sample_id.tolist():
                         del stream.missing[sample_id]
                     shard, stream.shard = stream.shard, None
+                    if self.timeline is not None:
+                        name = f"{len(info)} samples"
+                        self.timeline.add(f"rollout {stream.number}", name, stream.heard_at)
+                    stream.heard_at = time.perf_counter()
                     yield shard, info
             except ActorDiedError as error:
                 if revive is None:
@@ -173,6 +188,7 @@ class _Stream:
         self.number = number  # of the actor
         self.missing = missing  # requests whose samples have not come, by sample id
         self.asked = len(missing)
+        self.heard_at = time.perf_counter()  # its last shard's arrival, or the call
         self.shard: Any = None  # a reference whose info has not come yet
 
 

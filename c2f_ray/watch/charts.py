@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from c2f_ray.timeline import Span
 from c2f_ray.watch.metrics import MetricsLine
 
 # Matplotlib wants real colours: these stand in for CSS variables until the SVG is written.
@@ -27,6 +28,7 @@ COMPARED = [
     ("time/learner_s", "Time of each run's updates (s)"),
 ]
 MAX_BARS = 80  # more steps than this share a bar
+MAX_ACTORS = 32  # in the timeline
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "",  # replaced per chart: ids must not clash within one page
@@ -110,6 +112,33 @@ def diagnosis_chart(rows: Sequence[Mapping[str, Any]]) -> str:
         cosines.set_ylabel("cosine")
         cosines.set_xlabel("layer")
         return _svg(figure, title)
+
+
+def timeline_chart(spans: Sequence[Span]) -> str:
+    """SVG of what each role and actor did, over seconds since the first span's beginning. A role has one colour.
+
+    What an actor did at the same time lies over itself, and is darker.
+    """
+    roles = ("driver", "rollout", "reward", "learner", "weights")
+    stages = {span.row for span in spans if span.step is not None}
+    actors = sorted({span.row.split(" (")[0] for span in spans} - stages)[:MAX_ACTORS]
+    rows = sorted([*stages, *actors], key=lambda row: (roles.index(row.split()[0]), row))
+    began = min(span.began for span in spans)
+    until = max(span.ended or span.began for span in spans)
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, (axes,) = _figure(height=0.7 + 0.24 * len(rows))
+        for number, row in enumerate(rows):
+            mine = [span for span in spans if span.row.split(" (")[0] == row]
+            colour = SERIES[roles.index(row.split()[0])]
+            for span in mine:
+                bar = (span.began - began, (span.ended or until) - span.began)
+                shade = 1.0 if span.step is not None else 0.45
+                axes.broken_barh([bar], (number - 0.38, 0.76), facecolors=colour, alpha=shade, linewidth=0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds")
+        axes.xaxis.set_major_locator(MaxNLocator())
+        return _svg(figure, "Timeline")
 
 
 def column(lines: Sequence[MetricsLine], key: str) -> NDArray[np.float64] | None:

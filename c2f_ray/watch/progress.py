@@ -10,13 +10,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from c2f_ray.timeline import Timeline
+
 
 class Progress:
     """``with Progress(total_steps) as progress``, then ``stage`` as a stage begins and ``step`` as a step ends."""
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, console: Console | None = None, timeline: Timeline | None = None) -> None:
         self._total_steps = total_steps
         self._console = console or Console()
+        self._timeline = timeline
         self._live: Live | None = None
         self._stage = "starting"
         self._stages_seen: set[str] = set()
@@ -38,7 +41,7 @@ class Progress:
         """A stage begins. A log without a terminal shows each stage's first time only: it may take minutes."""
         self._stage = name
         if self._live is None and name not in self._stages_seen:
-            self.note(f"{name} ...")
+            self._print(f"{name} ...")
         self._stages_seen.add(name)
 
     def step(self, metrics: Mapping[str, float]) -> None:
@@ -46,10 +49,15 @@ class Progress:
         self._metrics = metrics
         self._steps_timed += 1
         if self._live is None:
-            self.note("  ".join(f"{name} {value}" for name, value in self._facts()))
+            self._print("  ".join(f"{name} {value}" for name, value in self._facts()))
 
     def note(self, line: str) -> None:
-        """One line that stays, above the panel or in the log."""
+        """One line that stays, above the panel or in the log, and in the run's trace."""
+        self._print(line)
+        if self._timeline is not None:
+            self._timeline.note(line)
+
+    def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _facts(self) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from c2f_ray.watch.charts import charts, column, compare, diagnosis_chart
+from c2f_ray.timeline import last_steps, read_trace, spans_of
+from c2f_ray.watch.charts import charts, column, compare, diagnosis_chart, timeline_chart
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
 from c2f_ray.watch.progress import duration
 
@@ -34,6 +35,7 @@ COLUMNS = [
     ("mt_bench", "MT-Bench", "{:.2f}"),
     ("tasks", "tasks", "{:.3f}"),
 ]
+STEPS_IN_TIMELINE = 2
 NUM_PROMPTS = 6  # shown with their responses
 MAX_SHOWN = 6000  # characters of one response
 ROW_FACTS = {"step", "sample_id", "prompt_id", "greedy", "finished", "reward", "weight_version"}
@@ -60,7 +62,10 @@ def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
     evaluation_path = run_folder / "evaluation.json"
     evaluation = json.loads(evaluation_path.read_text()) if evaluation_path.is_file() else {}
     recipe = run_folder / "recipe.yaml"
-    section("charts", {k: Markup(svg) for k, svg in charts(lines).items()}, "charts: metrics.jsonl has no steps yet")
+    drawn = charts(lines)
+    if spans := last_steps(spans_of(read_trace(run_folder)), STEPS_IN_TIMELINE):
+        drawn["Timeline of the last steps"] = timeline_chart(spans)
+    section("charts", {k: Markup(svg) for k, svg in drawn.items()}, "charts: metrics.jsonl has no steps yet")
     others = {folder.resolve().name: read_metrics(folder / "metrics.jsonl") for folder in beside}
     compared = compare({run_folder.resolve().name: lines, **others}) if others else {}
     sections["compared"] = {k: Markup(svg) for k, svg in compared.items()}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from c2f_ray import load_recipe, train
 from c2f_ray.learner.checkpoint import SavedPieces
+from c2f_ray.timeline import read_trace, spans_of
 from c2f_ray.watch.metrics import read_metrics, without_timing
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_rejection_sampling.yaml"
@@ -17,7 +18,7 @@ SETTINGS = [
     "run.name=rounds", "run.steps=3", "run.deterministic=true", "prompts.per_step=8", "rollout.samples_per_prompt=4",
     "length.max_tokens=16", "evaluate.num_prompts=8", "checkpoints.every_steps=1", "checkpoints.keep_last=3",
     "learner.responses_per_update=4", "learner.patience=9", "learner.restart_from=start", "learner.epochs=2",
-    "learner.optimizer.lr=3.0e-3",
+    "learner.optimizer.lr=3.0e-3", "run.trace=true",
 ]  # fmt: skip
 
 
@@ -78,3 +79,16 @@ def test_the_peak_round_is_the_coarse_actor(run: Path):
             for name, tensor in coarse.items()
         ]
         assert all(same) == (number == peak)
+
+
+def test_the_trace_has_every_stage_shard_and_scoring_call(run: Path):
+    spans = spans_of(read_trace(run))
+    stages = [(span.row, span.step) for span in spans if span.step and span.row in ("rollout", "learner", "weights")]
+    round_and_held_out = ("rollout", "learner", "weights", "rollout")
+    assert stages == [(row, step) for step in (1, 2, 3) for row in round_and_held_out]
+    for row in ("rollout 0", "reward log_ratio_policy 0", "reward log_ratio_reference 0"):
+        mine = [span for span in spans if span.row.split(" (")[0] == row]
+        assert sum(int(span.name.split()[0]) for span in mine) == 3 * 32 + 4 * 32, row
+    first = next(span for span in spans if span.row == "rollout 0")
+    asked = next(span for span in spans if span.row == "reward log_ratio_policy 0")
+    assert first.ended is not None and 0 <= asked.began - first.ended < 5

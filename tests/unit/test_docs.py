@@ -1,0 +1,134 @@
+"""README and docs: their commands parse, their links lead somewhere, and their metrics are those that are written."""
+
+import ast
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import click
+import pytest
+import typer
+
+from c2f_ray.algorithms.length import LengthDecision
+from c2f_ray.cli import app
+from c2f_ray.plan.clusters import chosen_nodes
+from c2f_ray.plan.estimate import estimate
+from c2f_ray.recipe import load_recipe
+from c2f_ray.recipe.schema import MergeMethod
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands
+PLACEHOLDERS = {"RECIPE", "RUN", "IN", "OUT", "PATH", "[RECIPE]", "[OTHER ...]", "[key=value ...]"}
+GPU_RECIPES = ("mistral_7b_remax", "mistral_c2f", "merlinite_7b_pt")
+
+
+def command_lines(text: str) -> list[tuple[str, str]]:
+    """Each `c2f-ray` line of the code blocks: the command, and the comment beside it."""
+    found = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            command, _, comment = line.partition("#")
+            if "c2f-ray " in command:
+                found.append((command[command.index("c2f-ray ") + len("c2f-ray ") :].strip(), comment.strip()))
+    return found
+
+
+LINES = [(page, *line) for page, text in TEXTS.items() for line in command_lines(text)]
+
+
+def test_there_are_commands_on_every_page_that_is_about_running():
+    pages = {page for page, _, _ in LINES}
+    assert {"README.md", *(f"docs/{name}.md" for name in ("ppo", "remax", "length", "merging", "operating"))} <= pages
+    assert set(COMMANDS) - {"demo"} <= {command.split()[0] for _, command, _ in LINES}
+
+
+@pytest.mark.parametrize(("page", "command", "comment"), LINES)
+def test_every_command_parses_and_its_recipe_is_valid(page: str, command: str, comment: str, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    synopsis = any(word in command for word in ("RECIPE", "RUN", "PATH", "[key=value"))
+    if synopsis:
+        command = re.sub(r"\[key=value \.\.\.\]|\[OTHER \.\.\.\]", "", command).replace("[", "").replace("]", "")
+    name, *arguments = shlex.split(command)
+    parsed = COMMANDS[name].make_context(name, arguments)  # refuses options that there are not
+    if synopsis:
+        return
+    recipe = parsed.params.get("recipe")
+    if recipe is not None and parsed.params.get("reward") is None:
+        loaded = load_recipe(Path(recipe), *(parsed.params["overrides"] or []))
+        runs_on_gpus = loaded.rollout.gpus_per_actor > 0 and name not in ("plan", "merge")
+        submitted = "run.folder=/shared/runs" in command and name == "train"
+        assert not runs_on_gpus or submitted or re.search(r"GPU|head", comment), "say what hardware it needs"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_leads_somewhere(page: str):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_that_is_named_is_there(page: str):
+    for path in re.findall(r"`((?:c2f_ray|configs|examples|tests|benchmarks|cluster)/[\w./-]+\.\w+)`", TEXTS[page]):
+        assert (ROOT / path).is_file(), path
+    for path, name in re.findall(r"`(c2f_ray/[\w/]+\.py)`, `(\w+)`", TEXTS[page]):
+        assert re.search(rf"(def|class) {name}\b", (ROOT / path).read_text()), f"{path} has no {name}"
+
+
+def written_metrics() -> set[str]:
+    """The keys of metrics.jsonl: literals in the driver and the learner, and those that are put together."""
+    files = [ROOT / "c2f_ray" / name for name in ("driver.py", "rounds.py")]
+    trees = [ast.parse(path.read_text()) for path in (*files, *sorted((ROOT / "c2f_ray" / "learner").glob("*.py")))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    words = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    metric = re.compile(
+        r"(prompts|reward|length|learner|critic|kl|logprob_gap|importance|selection|heldout|weights|time)/\w*[a-z]\w*"
+    )
+    stages = re.findall(r'\.timed\("(\w+)"', (ROOT / "c2f_ray" / "driver.py").read_text())
+    return (
+        {word for word in words if metric.fullmatch(word)}
+        | {"step", "rewards/NAME"}
+        | {f"cm/{field.name}" for field in fields(LengthDecision)}
+        | {f"time/{stage}_s" for stage in stages}
+    )
+
+
+def test_every_metric_is_explained_and_every_one_explained_is_written():
+    lines = [line for text in TEXTS.values() for line in text.splitlines()]
+    first_cells = [line.split("|")[1] for line in lines if line.startswith("| `")]
+    explained = {key for cell in first_cells for key in re.findall(r"`(step|\w+/\w+)`", cell)}
+    explained -= {key for key in explained if key.split("/")[0] in ("configs", "benchmarks", "tensorboard")}
+    written = written_metrics()
+    assert len(written) > 50
+    assert sorted(written - explained) == [], "not explained in docs/"
+    assert sorted(explained - written) == [], "explained, and never written"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_hours_gpus_and_disk_are_those_of_plan(number: int):
+    recipe = load_recipe(ROOT / "configs" / f"{GPU_RECIPES[number]}.yaml")
+    found = estimate(recipe, chosen_nodes(recipe, None, None, 8, None, None), 12.5e9)
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", TEXTS["docs/reproducing.md"], flags=re.MULTILINE))
+    cells = {row: rows[row].split(" | ")[number] for row in ("recipe", "GPUs of 80 GB", "plan: hours", "plan: disk")}
+    assert found.total_steps is not None
+    hours = [f"{found.total_steps * step.seconds / 3600:.3g}" for step in found.steps.values()]
+    assert cells["recipe"] == f"`configs/{GPU_RECIPES[number]}.yaml`"
+    assert cells["GPUs of 80 GB"] == str(sum(node.gpus for node in found.nodes.nodes))
+    assert cells["plan: hours"] == " to ".join(dict.fromkeys(hours))
+    assert cells["plan: disk"] == f"{sum(found.disk.values()) / 1e9:.3g} GB"
+
+
+def test_every_merge_method_has_its_source():
+    details = TEXTS["docs/merging.md"].split("## Details")[1]
+    for method in get_args(MergeMethod):
+        assert f"`{method}`" in details or method == "interpolate", method
