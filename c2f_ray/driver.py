@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
@@ -26,14 +26,22 @@ from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, 
 from c2f_ray.data.prompts import draw, request_seed
 from c2f_ray.data.texts import save_trajectories, unscored_path
 from c2f_ray.data.trajectory import Bool, Float32, TrajectoryInfo
-from c2f_ray.errors import BadRewardError, C2FError, DeadlineError, LearnerLostError, NonFiniteUpdateError
+from c2f_ray.errors import (
+    BadRewardError,
+    C2FError,
+    DeadlineError,
+    NonFiniteUpdateError,
+    ShardsLostError,
+    StepLostError,
+)
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
+from c2f_ray.placement import Placement, reserved
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearner
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
-from c2f_ray.session import ray_session, train_needs
+from c2f_ray.session import ray_session, train_needs, train_roles
 from c2f_ray.stopping import Stopping
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for
@@ -87,8 +95,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
                 f"dropped {checked.prompts.num_dropped} prompts longer than {recipe.prompts.max_tokens} tokens"
             )
         progress.stage("starting the actors")
+        placement = stack.enter_context(reserved(train_roles(recipe), recipe.cluster))
         with timeline.span("driver", 0, "starting the actors"):
-            training = training_of(recipe.learner)(recipe, folder, checked, stack, timeline)
+            training = training_of(recipe.learner)(recipe, folder, checked, stack, timeline, placement)
         del checked  # from here on the prompts' tokens are in the object store alone
         training.run(progress, log)
     return folder
@@ -105,8 +114,17 @@ def training_of(learner: Learner) -> "type[Training]":
 class Training:
     """The actors of one run and its state."""
 
-    def __init__(self, recipe: Recipe, folder: Path, checked: Checked, stack: ExitStack, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        checked: Checked,
+        stack: ExitStack,
+        timeline: Timeline,
+        placement: Placement,
+    ) -> None:
         self.recipe = recipe
+        self.placement = placement
         self.timeline = timeline
         self.folder = folder
         self.greedy_rollouts = isinstance(recipe.learner, ReMaxLearner)
@@ -129,7 +147,7 @@ class Training:
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
-            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, "dummy", timeline))
+            closing(RolloutPool(recipe, ray.put(prompts.tokens), max_model_tokens, "dummy", timeline, placement))
         )
         self.rewards = stack.enter_context(
             closing(
@@ -140,10 +158,11 @@ class Training:
                     self.prompts,
                     recipe.run.deterministic,
                     timeline,
+                    placement,
                 )
             )
         )
-        self.learner = LearnerGroup(recipe, checked.total_steps)
+        self.learner = LearnerGroup(recipe, checked.total_steps, placement)
         stack.callback(lambda: self.learner.close())  # whichever it is then
         self.connected: list[Any] = []  # the rollout actors that are in the learner's transfer group
         self.learner_restarts_left = recipe.cluster.max_restarts
@@ -155,7 +174,7 @@ class Training:
         if self.resume:
             progress.stage("loading the checkpoint")
             self.learner.load(self.resume.folder)
-        lost: LearnerLostError | None = None
+        lost: StepLostError | None = None
         done = False
         while not done:
             try:
@@ -177,7 +196,7 @@ class Training:
                     self.stopping.release()
                 self.end(progress)
                 done = True
-            except LearnerLostError as error:
+            except StepLostError as error:
                 lost, self.unsaved = error, None
             except KeyboardInterrupt:
                 self.stop(progress)
@@ -194,7 +213,7 @@ class Training:
             + ("; the same command goes on from there" if self.state.step else "")
         )
 
-    def restart_learner(self, lost: LearnerLostError, progress: Progress, log: MetricsLog) -> None:
+    def restart_learner(self, lost: StepLostError, progress: Progress, log: MetricsLog) -> None:
         """A new learner goes on from the newest checkpoint; engines and reward workers stay."""
         if self.learner_restarts_left == 0:
             raise lost
@@ -207,7 +226,7 @@ class Training:
         for note in [str(lost), *notes, f"the learner starts again; the run goes on after step {self.state.step}"]:
             progress.note(note)
         log.go_back(self.state.step)
-        self.learner = LearnerGroup(self.recipe, self.total_steps)
+        self.learner = LearnerGroup(self.recipe, self.total_steps, self.placement)
         self.connected = []
         self.learner.wait_until_ready()
         if checkpoint:
@@ -216,7 +235,7 @@ class Training:
     def send_weights(self) -> None:
         """All engines that there are get the learner's weights; what dies on the way is replaced, and joins later.
 
-        Raises LearnerLostError; what the transfer raised when it fails though every engine answers.
+        Raises StepLostError; what the transfer raised when it fails though every engine answers.
         """
         while True:
             actors = self.rollouts.take_started()
@@ -226,7 +245,7 @@ class Training:
                     self.connected = actors
                 self.learner.send_weights(self.state.weight_version)
                 return
-            except LearnerLostError:
+            except StepLostError:
                 raise
             except (DeadlineError, RayTaskError):  # told by the rank that sends
                 self.connected = []
@@ -392,16 +411,25 @@ class Training:
         """Generates and scores; a shard is sent to be scored the moment that it arrives."""
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
-        with self.timed("rollout", progress, step):
+        scored: list[ScoredShard] = []
+        missing, ready = requests, 1.0
+        while missing:
             asked = []
-            ordered = self.recipe.run.deterministic
-            for shard, info in self.rollouts.generate(requests, limit, ordered, self.revive):
-                shards.append(shard)
-                infos.append(info)
-                asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
-        with self.timed("reward", progress, step):
-            ready = self.rewards.ready(asked)
-            scored = self.rewards.collect(asked)
+            with self.timed("rollout", progress, step):
+                ordered = self.recipe.run.deterministic
+                for shard, info in self.rollouts.generate(missing, limit, ordered, self.revive):
+                    shards.append(shard)
+                    infos.append(info)
+                    asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
+            with self.timed("reward", progress, step):
+                ready = min(ready, self.rewards.ready(asked))
+                scored += self.rewards.collect(asked)
+            lost = {n for n, shard in enumerate(scored) if shard.lost}  # with a node, before all of it was scored
+            ids = {sample_id for n in lost for sample_id in infos[n].sample_id.tolist()}
+            missing = [request for request in requests if request.sample_id in ids]
+            shards = [shard for n, shard in enumerate(shards) if n not in lost]
+            infos = [info for n, info in enumerate(infos) if n not in lost]
+            scored = [shard for shard in scored if not shard.lost]
         info = TrajectoryInfo.concat(infos)
         order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
         if info.sample_id[order].tolist() != [request.sample_id for request in requests]:
@@ -466,7 +494,10 @@ class Training:
     def wait_for_saved_trajectories(self, at_most: int) -> None:
         """Until no more than `at_most` steps are still being written; raises what a writing task raised."""
         while len(self.saving) > at_most:
-            wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
+            try:
+                wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
+            except ObjectLostError as error:
+                raise ShardsLostError(f"trajectories were lost with a node before their file was: {error}") from error
 
     @contextmanager
     def timed(self, stage: str, progress: Progress, step: int | None = None) -> Iterator[None]:

@@ -29,7 +29,15 @@ class ActorDiedError(C2FError, RuntimeError):
     """An actor's process ended, or its model could not be loaded. The text names the actor and the cause."""
 
 
-class LearnerLostError(ActorDiedError, DeadlineError):
+class StepLostError(C2FError):
+    """What a step needs is gone; the run can go on from its newest checkpoint."""
+
+
+class ShardsLostError(StepLostError):
+    """A node that held trajectories is gone."""
+
+
+class LearnerLostError(StepLostError, ActorDiedError, DeadlineError):
     """A learner rank's process ended, or did not answer in time. The text names the ranks."""
 
 

@@ -380,23 +380,17 @@ def check_context(
 
 @dataclass(frozen=True)
 class Needs:
-    """What the actors of a job reserve together, and the most GPUs that one of them needs on one node."""
+    """What the actors of a job reserve together."""
 
     gpus: int
     cpus: int
-    gpus_of_one_actor: int
 
 
-def check_resources(needs: Needs, cluster: dict[str, Any], largest_node_gpus: float) -> None:
-    """Refuses a job that asks for more than the cluster has, however long it waited."""
-    if needs.gpus_of_one_actor > largest_node_gpus and needs.gpus <= cluster.get("GPU", 0):
-        raise RecipeError(
-            f"one actor needs {needs.gpus_of_one_actor} GPU on one node, and the largest node has "
-            f"{largest_node_gpus:g}; lower rollout.gpus_per_actor, or add larger nodes"
-        )
+def check_resources(needs: Needs, machine: dict[str, Any]) -> None:
+    """Refuses a job that asks for more than the machine has, on which it would run alone."""
     for name, amount in (("GPU", needs.gpus), ("CPU", needs.cpus)):
-        if amount > cluster.get(name, 0):
+        if amount > machine.get(name, 0):
             raise RecipeError(
-                f"the recipe asks for {amount:g} {name}, and the cluster has {cluster.get(name, 0):g}; "
-                "lower rollout.actors, reward.workers or learner.ranks (or what each takes), or add nodes"
+                f"the recipe asks for {amount:g} {name}, and this machine has {machine.get(name, 0):g}; lower "
+                "rollout.actors, reward.workers or learner.ranks (or what each takes), or join a cluster: RAY_ADDRESS"
             )

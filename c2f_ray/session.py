@@ -10,6 +10,7 @@ import ray
 from ray._private import ray_constants
 
 from c2f_ray.errors import RecipeError
+from c2f_ray.placement import Role
 from c2f_ray.preflight import Needs, check_resources
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import reward_parts
@@ -20,7 +21,11 @@ SPARE_CPUS = 2  # for tasks: merging, and writing trajectories
 
 def train_needs(recipe: Recipe) -> Needs:
     """What the actors of `train` reserve. An actor without a GPU takes a CPU."""
-    return _needs([*_inference(recipe), (recipe.learner.ranks, recipe.learner.gpus_per_rank)])
+    return _needs(train_roles(recipe))
+
+
+def train_roles(recipe: Recipe) -> list[Role]:
+    return [*_inference(recipe), Role("learner", recipe.learner.ranks, recipe.learner.gpus_per_rank)]
 
 
 def evaluate_needs(recipe: Recipe) -> Needs:
@@ -31,38 +36,39 @@ def score_needs(recipe: Recipe) -> Needs:
     return _needs(_rewards(recipe))
 
 
-def _inference(recipe: Recipe) -> list[tuple[int, int]]:
-    return [(recipe.rollout.actors, recipe.rollout.gpus_per_actor), *_rewards(recipe)]
+def _inference(recipe: Recipe) -> list[Role]:
+    return [Role("rollout", recipe.rollout.actors, recipe.rollout.gpus_per_actor), *_rewards(recipe)]
 
 
-def _rewards(recipe: Recipe) -> list[tuple[int, int]]:
+def _rewards(recipe: Recipe) -> list[Role]:
     return [
-        (part.reward.workers, scorer.gpus)
+        Role(f"reward {label}", part.reward.workers, scorer.gpus)
         for name, part in reward_parts(recipe.reward).items()
-        for _, _, scorer in scorers(name, part.reward)
+        for label, _, scorer in scorers(name, part.reward)
     ]
 
 
-def _needs(groups: list[tuple[int, int]]) -> Needs:
+def _needs(roles: list[Role]) -> Needs:
     return Needs(
-        gpus=sum(count * gpus for count, gpus in groups),
-        cpus=sum(count for count, gpus in groups if gpus == 0),
-        gpus_of_one_actor=max(gpus for _, gpus in groups),
+        gpus=sum(role.count * role.gpus for role in roles),
+        cpus=sum(role.count for role in roles if role.gpus == 0),
     )
 
 
 @contextmanager
 def ray_session(recipe: Recipe, needs: Needs, address: str | None = None) -> Iterator[None]:
-    """Joins or starts Ray, refuses what it cannot meet, and ends what it started.
+    """Joins or starts Ray, and ends what it started. A local Ray, which cannot grow, is refused if it is too small.
 
     `address` as in RAY_ADDRESS, whose value it is when not given.
     """
     started = not ray.is_initialized()
+    local = False
     if started:
-        _connect(address or os.environ.get("RAY_ADDRESS"), max(os.cpu_count() or 1, needs.cpus + SPARE_CPUS))
+        local = _connect(address or os.environ.get("RAY_ADDRESS"), max(os.cpu_count() or 1, needs.cpus + SPARE_CPUS))
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        check_resources(needs, ray.cluster_resources(), max(node.get("GPU", 0) for node in nodes))
+        if local:
+            check_resources(needs, nodes[0])
         if len(nodes) > 1 and not Path(recipe.run.folder).is_absolute():
             raise RecipeError(
                 f"run.folder: {recipe.run.folder}: the cluster has {len(nodes)} nodes, each with its own working "
@@ -74,8 +80,8 @@ def ray_session(recipe: Recipe, needs: Needs, address: str | None = None) -> Ite
             ray.shutdown()
 
 
-def _connect(address: str | None, cpus: int) -> None:
-    """The cluster at `address`, or that of this node; where there is none (or `address` is `local`), a new one.
+def _connect(address: str | None, cpus: int) -> bool:
+    """The cluster at `address`, or that of this node; where there is none (or `address` is `local`), a new one: True.
 
     A new one offers as many CPUs as the actors reserve: on a laptop they share the cores. It listens on loopback alone,
     as do the process groups of its actors.
@@ -83,7 +89,7 @@ def _connect(address: str | None, cpus: int) -> None:
     if address != "local":
         try:
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
-            return
+            return False
         except (ConnectionError, ValueError) as error:
             if address:
                 raise RecipeError(f"RAY_ADDRESS: {address}: no cluster answers there: {error}") from None
@@ -95,3 +101,4 @@ def _connect(address: str | None, cpus: int) -> None:
         address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
     )
     ray_constants.ENABLE_RAY_CLUSTER = True
+    return True

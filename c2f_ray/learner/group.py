@@ -11,12 +11,13 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from c2f_ray.data.trajectory import Float32
-from c2f_ray.errors import LearnerLostError
+from c2f_ray.errors import LearnerLostError, ShardsLostError
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
+from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.schema import Recipe
 from c2f_ray.waiting import wait_for_start
 
@@ -33,18 +34,18 @@ class Asked:
 class LearnerGroup:
     """``learner.ranks`` actors, one DeepSpeed job together."""
 
-    def __init__(self, recipe: Recipe, total_updates: int) -> None:
+    def __init__(self, recipe: Recipe, total_updates: int, placement: Placement = ANYWHERE) -> None:
         """Tells the ranks to start. ``total_updates`` of the whole run, for the learning-rate schedule."""
         self.recipe = recipe
         gpus = recipe.learner.gpus_per_rank
         # The second is what cuBLAS needs to be deterministic, where the recipe asks for that.
         environment = {"DS_ACCELERATOR": "cuda" if gpus else "cpu", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-        actor = ray.remote(LearnerRank).options(
-            num_gpus=gpus,
-            num_cpus=0 if gpus else 1,
-            runtime_env={"env_vars": environment},
-        )
-        self.ranks: list[Any] = [actor.remote(recipe, rank, total_updates) for rank in range(recipe.learner.ranks)]
+        options = {"num_gpus": gpus, "num_cpus": 0 if gpus else 1, "runtime_env": {"env_vars": environment}}
+        remote: Any = ray.remote(LearnerRank)
+        self.ranks: list[Any] = [
+            remote.options(**options, **placement.options("learner", rank)).remote(recipe, rank, total_updates)
+            for rank in range(recipe.learner.ranks)
+        ]
         meeting = self.ranks[0].rendezvous.remote()  # handed on as a reference: nothing waits here
         self.started = [rank.start.remote(meeting) for rank in self.ranks]
 
@@ -106,6 +107,8 @@ class LearnerGroup:
             return ray.get(refs, timeout=max(1.0, asked.deadline - time.monotonic()))
         except RayActorError as error:
             raise LearnerLostError(f"learner {method}: a rank died: {error}") from error
+        except ObjectLostError as error:
+            raise ShardsLostError(f"learner {method}: trajectories were lost with a node: {error}") from error
         except GetTimeoutError:
             answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             silent = [str(rank) for rank, ref in enumerate(refs) if ref not in answered]

@@ -33,7 +33,7 @@ def merge(recipe: Recipe) -> list[Path]:
     Raises RecipeError, with nothing written, when the models cannot be merged or an output folder exists.
     """
     plan = check_merge(recipe)
-    with ray_session(recipe, Needs(gpus=0, cpus=1, gpus_of_one_actor=0)):
+    with ray_session(recipe, Needs(gpus=0, cpus=1)):
         return run_merge(plan)
 
 

@@ -37,6 +37,7 @@ class Run(Section):
 
 
 class Cluster(Section):
+    placement: Literal["PACK", "SPREAD"] = "PACK"  # actors on few nodes, or on many
     start_timeout_s: Positive = 1800  # from asking for an actor to its model being loaded
     max_restarts: Annotated[int, Field(ge=0)] = (
         10  # of rollout actors together, and of the learner, in one start of a run

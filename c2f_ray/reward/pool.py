@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from c2f_ray.data.trajectory import Int64
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
+from c2f_ray.placement import Placement
 from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
 from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
 from c2f_ray.timeline import Timeline
@@ -32,6 +33,7 @@ class Scoring:
     tokens: Int64  # [N] of each row
     scores: Float64  # [N]
     causes: dict[int, str] = field(default_factory=dict)  # by row
+    lost: bool = False  # the shard is gone
 
 
 @dataclass
@@ -70,6 +72,7 @@ class RewardPool:
         prompts: Any,
         ordered: bool,
         timeline: Timeline | None,
+        placement: Placement,
     ) -> None:
         """``prompts`` refers to the PromptSet that the shards' rows are of; ``ordered``: no batches across shards."""
         self.label = label
@@ -89,12 +92,14 @@ class RewardPool:
             "max_concurrency": self.calls_at_once,
             "runtime_env": {"env_vars": engine_env(gpus)} if isinstance(reward, LogRatioReward) else None,
         }
-        remote: Any = ray.remote(RewardWorker).options(**options)
-        self.new_actor = lambda: remote.remote(scorer, policy_tokenizer, prompts, ordered)
-        self.workers = [self._start() for _ in range(reward.workers)]
+        remote: Any = ray.remote(RewardWorker)
+        self.new_actor = lambda number: remote.options(
+            **options, **placement.options(f"reward {label}", number)
+        ).remote(scorer, policy_tokenizer, prompts, ordered)
+        self.workers = [self._start(number) for number in range(reward.workers)]
 
-    def _start(self) -> _Worker:
-        actor = self.new_actor()
+    def _start(self, number: int) -> _Worker:
+        actor = self.new_actor(number)
         return _Worker(actor, actor.ready.remote())
 
     def wait_until_ready(self) -> None:
@@ -127,12 +132,15 @@ class RewardPool:
                     self._replace(worker, f"it gave no answer for {self.timeout_s:g} s")
 
     def _deadline(self, worker: _Worker) -> float:
-        if not worker.is_ready:
-            worker.is_ready = bool(ray.wait([worker.started], timeout=0)[0])
-        return worker.heard_at + self.timeout_s + (0 if worker.is_ready else self.start_timeout_s)
+        return worker.heard_at + self.timeout_s + (0 if self._is_ready(worker) else self.start_timeout_s)
+
+    def _is_ready(self, worker: _Worker) -> bool:
+        worker.is_ready = worker.is_ready or bool(ray.wait([worker.started], timeout=0)[0])
+        return worker.is_ready
 
     def _call(self, scoring: Scoring, rows: list[int], attempts: int, before: _Worker | None) -> None:
-        others = [worker for worker in self.workers if worker is not before] or self.workers
+        ready = [worker for worker in self.workers if self._is_ready(worker)] or self.workers
+        others = [worker for worker in ready if worker is not before] or ready
         worker = min(others, key=lambda worker: worker.tokens)
         self._send(worker, _Call(scoring, rows, attempts, worker))
 
@@ -172,6 +180,11 @@ class RewardPool:
             except RayActorError as error:
                 self._replace(worker, f"it died: {error}")
                 continue
+            except ObjectLostError:
+                call = worker.calls.pop(ref)
+                call.scoring.lost = True
+                call.scoring.causes |= dict.fromkeys(call.rows, "its shard was lost with a node")
+                continue
             call = worker.calls.pop(ref)
             worker.heard_at, worker.is_ready = time.monotonic(), True
             call.scoring.scores[call.rows] = scores
@@ -187,15 +200,14 @@ class RewardPool:
     def _replace(self, worker: _Worker, why: str) -> None:
         """Another actor takes the place of one that is lost. It was at its oldest calls; the others only waited."""
         ray.kill(worker.actor)  # one that hangs still has its GPUs
-        worker.is_ready = worker.is_ready or bool(ray.wait([worker.started], timeout=0)[0])
-        if not worker.is_ready:
+        if not self._is_ready(worker):
             if self.restarts_left == 0:
                 raise ActorDiedError(f"{self.name}: one was lost before it was ready: {why}")
             self.restarts_left -= 1
         if self.timeline is not None:
             self.timeline.note(f"a reward worker of {self.label} is replaced: {why}")
-        new = self._start()
-        self.workers[self.workers.index(worker)] = new
+        place = self.workers.index(worker)
+        new = self.workers[place] = self._start(place)
         for number, call in enumerate(worker.calls.values()):
             if number < self.calls_at_once and worker.is_ready:
                 self._lost(call, new, why)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from c2f_ray.data.trajectory import Bool, Float32, Int64
+from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.schema import Cluster, LogRatioReward, Reward, reward_parts
 from c2f_ray.reward.pool import RewardPool, Scoring
 from c2f_ray.reward.worker import Float64, Scorer
@@ -20,6 +21,7 @@ class ScoredShard:
     parts: dict[str, Float64]  # each reward of a sum, unweighted, by name; a log ratio's models
     causes: dict[int, str]
     drop: bool  # the recipe goes on without them
+    lost: bool = False  # the shard is gone, with its node
 
     def columns(self) -> dict[str, list[float]]:
         """For the files of trajectories."""
@@ -42,6 +44,7 @@ class Rewards:
         prompts: Any,
         ordered: bool = False,
         timeline: Timeline | None = None,
+        placement: Placement = ANYWHERE,
     ) -> None:
         """``prompts`` refers to the PromptSet that shards name rows of; ``ordered``: what is computed together does
         not depend on time."""
@@ -49,7 +52,11 @@ class Rewards:
         # All start before any is waited for.
         self.pools: dict[str, list[tuple[str, float, RewardPool]]] = {
             name: [
-                (label, sign, RewardPool(label, scorer, cluster, policy_tokenizer, prompts, ordered, timeline))
+                (
+                    label,
+                    sign,
+                    RewardPool(label, scorer, cluster, policy_tokenizer, prompts, ordered, timeline, placement),
+                )
                 for label, sign, scorer in scorers(name, part.reward)
             ]
             for name, part in self.parts.items()
@@ -101,7 +108,8 @@ class Rewards:
             if len(self.parts) > 1:
                 parts[name] = value
             total += part.weight * value
-        return ScoredShard(total.astype(np.float32), parts, causes, drop)
+        lost = any(scoring.lost for scorings in asked.scorings for scoring in scorings)
+        return ScoredShard(total.astype(np.float32), parts, causes, drop, lost)
 
     def close(self) -> None:
         for pool in self._all():

@@ -11,11 +11,12 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from c2f_ray.data.trajectory import TrajectoryInfo
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError, DeadlineError
+from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
@@ -35,6 +36,7 @@ class RolloutPool:
         max_model_tokens: int,
         load_format: LoadFormat,
         timeline: Timeline | None = None,
+        placement: Placement = ANYWHERE,
     ) -> None:
         rollout = recipe.rollout
         self.timeline = timeline
@@ -49,9 +51,11 @@ class RolloutPool:
         self.start_timeout_s = recipe.cluster.start_timeout_s
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
         self.restarts_left = recipe.cluster.max_restarts
-        remote: Any = ray.remote(RolloutActor).options(**options)
-        self.new_actor = lambda: remote.remote(recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format)
-        self.actors = [self.new_actor() for _ in range(rollout.actors)]
+        remote: Any = ray.remote(RolloutActor)
+        self.new_actor = lambda number: remote.options(**options, **placement.options("rollout", number)).remote(
+            recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format
+        )
+        self.actors = [self.new_actor(number) for number in range(rollout.actors)]
         self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
 
     def wait_until_ready(self) -> None:
@@ -72,7 +76,7 @@ class RolloutPool:
         if self.timeline is not None:
             self.timeline.note(f"rollout actor {number} is replaced: {cause}")
         ray.kill(self.actors[number])  # one that hangs still has its GPUs
-        self.actors[number] = self.new_actor()
+        self.actors[number] = self.new_actor(number)
         self.starting[number] = self.actors[number].ready.remote()
 
     def take_started(self) -> list[Any]:
@@ -169,7 +173,10 @@ class RolloutPool:
 
     def _read(self, reference: Any, stream: "_Stream") -> TrajectoryInfo:
         what = f"rollout actor {stream.number}, which owes {len(stream.missing)} samples"
-        return wait_for(reference, self.timeout_s, what)
+        try:
+            return wait_for(reference, self.timeout_s, what)
+        except ObjectLostError as error:
+            raise ActorDiedError(f"{what}: its node is gone: {error}") from error
 
     def load_folder(self, folder: str, prompt_tokens: Any) -> None:
         """Every engine takes another model of the same architecture, and a reference to the prompts for it."""

@@ -226,7 +226,7 @@ def test_coarse_and_fine_load_in_plain_transformers_and_plain_vllm(run: Path):
         (
             "train",
             "rollout.gpus_per_actor=8 rollout.memory=0.5 learner.gpus_per_rank=1",
-            "the recipe asks for 10 GPU, and the cluster has 0; lower rollout.actors",
+            "the recipe asks for 10 GPU, and this machine has 0; lower rollout.actors",
         ),
         ("merge", "merge.ratios=[2]", "merge.ratios.0: 2: input should be less than or equal to 1"),
         ("merge", "run.seed=1", "no coarse actor there; run `c2f-ray train` with this recipe first"),
