@@ -27,6 +27,7 @@ from c2f_ray.data.prompts import draw, request_seed
 from c2f_ray.data.texts import save_trajectories, unscored_path
 from c2f_ray.data.trajectory import Bool, Float32, TrajectoryInfo
 from c2f_ray.errors import (
+    ActorDiedError,
     BadRewardError,
     C2FError,
     DeadlineError,
@@ -496,7 +497,7 @@ class Training:
         while len(self.saving) > at_most:
             try:
                 wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
-            except ObjectLostError as error:
+            except (ActorDiedError, ObjectLostError) as error:
                 raise ShardsLostError(f"trajectories were lost with a node before their file was: {error}") from error
 
     @contextmanager

@@ -11,15 +11,17 @@ from typing import Any
 
 import ray
 from ray import ObjectRef
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from c2f_ray.data.trajectory import Float32
-from c2f_ray.errors import LearnerLostError, ShardsLostError
+from c2f_ray.errors import ActorDiedError, C2FError, LearnerLostError
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.schema import Recipe
 from c2f_ray.waiting import wait_for_start
+
+NEWS_OF_DEATH_S = 30.0  # how long Ray may take to learn that a node is gone
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class LearnerGroup:
 
     def wait_until_ready(self) -> None:
         needs = f"{self.recipe.learner.gpus_per_rank} GPU" if self.recipe.learner.gpus_per_rank else "1 CPU"
-        wait_for_start(self.started, self.recipe.cluster.start_timeout_s, "learner ranks", needs)
+        try:
+            wait_for_start(self.started, self.recipe.cluster.start_timeout_s, "learner ranks", needs)
+        except ActorDiedError as error:  # as a rank does that was sent to a node of whose loss Ray did not know yet
+            raise LearnerLostError(str(error)) from error
 
     def connect(self, actors: list[Any]) -> None:
         """Joins the rollout actors, before the first ``send_weights``."""
@@ -105,13 +110,28 @@ class LearnerGroup:
         method, refs, timeout_s = asked.method, asked.refs, self.recipe.learner.timeout_s
         try:
             return ray.get(refs, timeout=max(1.0, asked.deadline - time.monotonic()))
+        except RayTaskError as error:
+            # A rank whose peer died fails in their process group, often before Ray tells of the death.
+            if not isinstance(error, C2FError) and (died := self._deaths(refs)):
+                raise LearnerLostError(f"learner {method}: a rank died: {died[0]}") from error
+            raise
         except RayActorError as error:
             raise LearnerLostError(f"learner {method}: a rank died: {error}") from error
-        except ObjectLostError as error:
-            raise ShardsLostError(f"learner {method}: trajectories were lost with a node: {error}") from error
         except GetTimeoutError:
             answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             silent = [str(rank) for rank, ref in enumerate(refs) if ref not in answered]
             raise LearnerLostError(
                 f"learner {method}: no answer from rank {', '.join(silent)} of {len(refs)} after {timeout_s:g} s"
             ) from None
+
+    def _deaths(self, refs: list[ObjectRef]) -> list[RayActorError]:
+        """What Ray says of the ranks that are gone, once each has answered, or is known to be, or takes too long."""
+        died = []
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=NEWS_OF_DEATH_S)[0]:
+            try:
+                ray.get(ref)
+            except RayActorError as error:
+                died.append(error)
+            except Exception:  # the other ranks' complaints of it
+                continue
+        return died

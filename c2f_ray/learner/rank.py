@@ -14,12 +14,13 @@ import numpy as np
 import ray
 import torch
 from ray import ObjectRef
+from ray.exceptions import ObjectLostError
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from c2f_ray.checkpoints import sha256, sync
 from c2f_ray.data.trajectory import Float32, Int64
-from c2f_ray.errors import NonFiniteUpdateError
+from c2f_ray.errors import ActorDiedError, NonFiniteUpdateError, ShardsLostError
 from c2f_ray.learner.batching import Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
@@ -137,7 +138,10 @@ class LearnerRank:
         return self.algorithm.update(samples, batch, tally)
 
     def _samples(self, shards: list[ObjectRef], only: Int64 | None = None) -> Samples:
-        read = wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}")
+        try:
+            read = wait_for(shards, self.learner.timeout_s, f"shards of learner rank {self.rank}")
+        except (ActorDiedError, ObjectLostError) as error:
+            raise ShardsLostError(f"trajectories were lost with a node: {error}") from error
         return Samples(read, packing=self.learner.packs, only=only)
 
     def connect(self, actors: list[Any]) -> None:

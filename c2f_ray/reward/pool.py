@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from c2f_ray.data.trajectory import Int64
 from c2f_ray.engine import engine_env
@@ -177,10 +177,11 @@ class RewardPool:
                 continue
             try:
                 scores, causes = ray.get(ref)
-            except RayActorError as error:
-                self._replace(worker, f"it died: {error}")
-                continue
-            except ObjectLostError:
+            except (RayActorError, ObjectLostError) as error:
+                if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
+                    self._replace(worker, f"it died: {error}")
+                    continue
+                # Not the worker's own death, but that of the actor whose shard it was to read.
                 call = worker.calls.pop(ref)
                 call.scoring.lost = True
                 call.scoring.causes |= dict.fromkeys(call.rows, "its shard was lost with a node")

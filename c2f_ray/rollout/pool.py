@@ -23,7 +23,7 @@ from c2f_ray.rollout.engine import LoadFormat
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for, wait_for_start
 
-PING_S = 20.0  # for an idle actor to answer
+PING_S = 60.0  # for an idle actor to answer
 
 
 class RolloutPool:
@@ -55,13 +55,23 @@ class RolloutPool:
         self.new_actor = lambda number: remote.options(**options, **placement.options("rollout", number)).remote(
             recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format
         )
+        self.is_up = False  # every actor was ready once
         self.actors = [self.new_actor(number) for number in range(rollout.actors)]
         self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
 
     def wait_until_ready(self) -> None:
-        """All actors, replacements too, have built their engines."""
-        wait_for_start(list(self.starting.values()), self.start_timeout_s, "rollout actors", self.needs)
-        self.starting = {}
+        """All actors, replacements too, have built their engines. Only a replacement that dies is replaced again."""
+        while self.starting:
+            refs = self.starting
+            try:
+                wait_for_start(list(refs.values()), self.start_timeout_s, "rollout actors", self.needs)
+                self.starting = {}
+            except ActorDiedError as error:
+                if not self.is_up:
+                    raise
+                for number in [number for number, ref in refs.items() if _died(ref)]:
+                    self.replace(number, error)
+        self.is_up = True
 
     @property
     def serving(self) -> list[int]:
@@ -186,6 +196,17 @@ class RolloutPool:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _died(ref: Any) -> bool:
+    """Whether the actor that was to answer is gone already."""
+    try:
+        ray.get(ref, timeout=0)
+    except RayActorError:
+        return True
+    except GetTimeoutError:
+        return False
+    return False
 
 
 class _Stream:

@@ -1,12 +1,12 @@
-"""A run on three Ray nodes of one machine, from one of which everything is taken away: `python -m ... calm|stormy`."""
+"""A calm run on three Ray nodes of one machine, and one in which a node is taken away in the second step."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from c2f_ray import driver, load_recipe, train
@@ -20,7 +20,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def main(name: str) -> None:
+def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
     others = {node.node_id: node for node in (cluster.add_node(num_cpus=4) for _ in range(2))}
     cluster.wait_for_nodes()
@@ -34,14 +34,15 @@ def main(name: str) -> None:
             where = [node_of(actor) for actor in self.actors] if step == 2 else []
             for found in super().generate(*args):
                 yield found
-                if name == "stormy" and (lost := next((node for node in where if node in others), None)):
-                    roles = [row["class_name"] for row in actors_of(lost)]
-                    print("took away a node with", *sorted(roles), flush=True)
+                if len(others) == 2 and (lost := next((node for node in where if node in others), None)):
+                    print("took away a node with", *sorted(classes_on(lost)), flush=True)
                     cluster.remove_node(others.pop(lost), allow_graceful=False)
 
+    folder = f"run.folder={Path('runs').absolute()}"
+    train(load_recipe(CONFIG, "run.name=calm", folder, *SETTINGS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "RolloutPool", WatchedRollouts)
-        train(load_recipe(CONFIG, f"run.name={name}", f"run.folder={Path('runs').absolute()}", *SETTINGS))
+        train(load_recipe(CONFIG, "run.name=stormy", folder, *SETTINGS))
     ray.shutdown()
     cluster.shutdown()
 
@@ -50,12 +51,11 @@ def node_of(actor: Any) -> str:
     return ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()), timeout=60)
 
 
-def actors_of(node: str) -> list[dict[str, Any]]:
-    from ray._private.state import actors
-
+def classes_on(node: str) -> list[str]:
+    """Of the actors that live there."""
     found = [row for row in actors().values() if row["State"] == "ALIVE" and row["Address"]["NodeID"] == node]
-    return [{"class_name": row["ActorClassName"]} for row in found]
+    return [row["ActorClassName"] for row in found]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -96,3 +96,17 @@ def test_a_soak_of_random_kills(calm: Path, folder: Path):
     assert len(monkey.killed) == SOAK_KILLS
     assert outcome(stormy) == outcome(calm)
     print(f"\nsoak of seed {SOAK_SEED}: {monkey.killed}")
+
+
+def test_a_node_is_taken_away(world: Path, tmp_path: Path):
+    """The run goes on with two nodes of three, from which the same bytes come."""
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos.node_loss"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True, timeout=1000, check=False,
+    )  # fmt: skip
+    (told,) = [line for line in done.stdout.splitlines() if line.startswith("took away a node with ")]
+    assert "RolloutActor" in told
+    assert done.returncode == 0
+    assert outcome(tmp_path / "runs" / "stormy") == outcome(tmp_path / "runs" / "calm")

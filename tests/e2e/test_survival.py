@@ -1,5 +1,6 @@
-"""Actors that die in the middle of a run: it ends like one in which none died. The whole matrix is `make chaos`."""
+"""Actors that die or hang in the middle of a run: it ends like a calm one. The whole matrix is `make chaos`."""
 
+import signal
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +18,9 @@ SETTINGS = [
 # An engine at the start, one in a transfer, a scoring worker, and a rank in an update, which takes a step back.
 PLAN = {(1, "generation"): ["rollout"], (2, "transfer"): ["rollout"], (3, "scoring"): ["reward"]}
 PLAN |= {(4, "learning"): ["learner"]}
+# An engine and a rank that hang are as good as dead when their deadline is over.
+HANG = {(1, "generation"): ["rollout"], (3, "learning"): ["learner"]}
+DEADLINES = ["rollout.timeout_s=15", "learner.timeout_s=15"]
 FROM_THE_ENGINE = ("logprob_gap/", "importance/", "reward/ready")  # in other company last bits differ; and timing
 
 
@@ -25,26 +29,30 @@ def runs(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("survival")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    monkey = Monkey(dict(PLAN))
+    monkey, stopper = Monkey(dict(PLAN)), Monkey(dict(HANG), signal.SIGSTOP)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train(load_recipe(CONFIG, "run.name=calm", *SETTINGS))
         with monkey.about():
             train(load_recipe(CONFIG, "run.name=stormy", *SETTINGS))
+        with stopper.about():
+            train(load_recipe(CONFIG, "run.name=hung", *SETTINGS, *DEADLINES))
     assert [(step, event) for step, event, _ in monkey.killed] == list(PLAN)
-    return {name: folder / "runs" / name for name in ("calm", "stormy")}
+    assert [(step, event) for step, event, _ in stopper.killed] == list(HANG)
+    return {name: folder / "runs" / name for name in ("calm", "stormy", "hung")}
 
 
 def comparable(line: MetricsLine) -> MetricsLine:
     return {key: value for key, value in without_timing(line).items() if not key.startswith(FROM_THE_ENGINE)}
 
 
-def test_deaths_leave_no_trace_in_weights_and_metrics(runs: dict[str, Path]):
+@pytest.mark.parametrize("name", ["stormy", "hung"])
+def test_deaths_leave_no_trace_in_weights_and_metrics(runs: dict[str, Path], name: str):
     lines = {name: [comparable(line) for line in read_metrics(run / "metrics.jsonl")] for name, run in runs.items()}
-    assert [line["step"] for line in lines["stormy"]] == [1, 2, 3, 4, 5]
-    assert lines["calm"] == lines["stormy"]
+    assert [line["step"] for line in lines[name]] == [1, 2, 3, 4, 5]
+    assert lines["calm"] == lines[name]
     weights = {name: (run / "coarse" / "model.safetensors").read_bytes() for name, run in runs.items()}
-    assert weights["calm"] == weights["stormy"]
+    assert weights["calm"] == weights[name]
 
 
 def test_every_sample_was_made_once_and_with_the_weights_of_its_step(runs: dict[str, Path]):
