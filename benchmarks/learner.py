@@ -114,12 +114,13 @@ def rollouts(prompt_tokens: Int64, response_tokens: Int64, seed: int) -> Traject
         prompt_row=np.arange(num),
         greedy=np.zeros(num, bool),
         finished=np.ones(num, bool),
+        interrupted=np.zeros(num, bool),
         prompt_tokens=prompt_tokens.astype(np.int32),
         response_tokens=response_tokens.astype(np.int32),
         weight_version=np.zeros(num, np.int32),
     )
     logprobs = Ragged(np.zeros(len(responses.values), np.float32), responses.offsets)
-    return Trajectories(info, prompts, responses, logprobs)
+    return Trajectories(info, prompts, responses, logprobs, responses)
 
 
 def update_batch(num: int, seed: int) -> UpdateBatch:

@@ -72,6 +72,7 @@ class FakeRollouts:
                     prompt_row=np.array([request.prompt_row for request in part]),
                     greedy=np.array([request.greedy for request in part]),
                     finished=np.ones(count, bool),
+                    interrupted=np.zeros(count, bool),
                     prompt_tokens=np.full(count, 20, np.int32),
                     response_tokens=np.full(count, 100, np.int32),
                     weight_version=np.full(count, FakeLearner.version, np.int32),

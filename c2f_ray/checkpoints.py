@@ -29,6 +29,7 @@ class RunState:
     length: LengthState
     bad_updates: int = 0  # in a row, up to now
     mean_reward: float = 0.0  # of the last step; of rejection sampling the held-out reward
+    carried: list[list[int]] = field(default_factory=list)  # (row, epoch) of prompts left to the next step
     heldout: list[float] = field(default_factory=list)  # of rejection sampling: before the first round, and after each
 
 

@@ -9,10 +9,11 @@ import copy
 import json
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from c2f_ray.algorithms.length import LengthDecision, LengthInputs
 from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
 from c2f_ray.data.prompts import draw, request_seed
 from c2f_ray.data.texts import save_trajectories, unscored_path
-from c2f_ray.data.trajectory import Bool, Float32, TrajectoryInfo
+from c2f_ray.data.trajectory import Bool, Float32, Int64, TrajectoryInfo
 from c2f_ray.errors import (
     ActorDiedError,
     BadRewardError,
@@ -41,7 +42,8 @@ from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_fo
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearner
 from c2f_ray.reward.rewards import Rewards, ScoredShard
-from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+from c2f_ray.rollout.actor import Begun, RolloutRequest
+from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.session import ray_session, train_needs, train_roles
 from c2f_ray.stopping import Stopping
 from c2f_ray.timeline import Timeline
@@ -50,6 +52,15 @@ from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A prompt whose samples a step did not wait for; the next one finishes them."""
+
+    row: int
+    epoch: int
+    begun: dict[int, Begun]  # by number among the prompt's samples; sampled from the start where there is none
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,9 @@ class Rollouts:
     limit: int  # of their length, in tokens
     dropped: int  # trajectories without a reward, or without the greedy one to compare it with
     ready: float  # share of the scores that were there when the last rollout was
+    left: dict[int, dict[int, Begun]] = field(default_factory=dict)  # what waits for the next step, by prompt number
     position: int = 0  # prompts drawn since the start of the run, with theirs
+    carried: list[Carried] = field(default_factory=list)  # the same, as the next step takes it
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -145,6 +158,8 @@ class Training:
         self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
         self.seconds: dict[str, float] = {}
         self.ahead: Rollouts | None = None  # of the next step, made as the last one learned
+        self.carried = [Carried(row, epoch, {}) for row, epoch in self.state.carried]
+        self.learned: dict[str, float] | None = None  # metrics of the step's update, once its weights are sent
         max_model_tokens = recipe.prompts.max_tokens + recipe.length.max_tokens
         # All three are told to start before any is waited for.
         self.rollouts = stack.enter_context(
@@ -224,6 +239,7 @@ class Training:
         self.wait_for_saved_trajectories(0)
         checkpoint, notes = newest_checkpoint(self.folder)
         self.state = checkpoint.state if checkpoint else first_state(self.recipe)
+        self.carried = [Carried(row, epoch, {}) for row, epoch in self.state.carried]
         for note in [str(lost), *notes, f"the learner starts again; the run goes on after step {self.state.step}"]:
             progress.note(note)
         log.go_back(self.state.step)
@@ -272,21 +288,19 @@ class Training:
         """One step, as in the module's first line. Returns its metrics."""
         began = time.perf_counter()
         self.seconds = {}
-        rollouts = self.ahead or self.roll_out_step(self.state.step + 1, self.state.position, progress)
+        state = self.state
+        rollouts = self.ahead or self.roll_out_step(state.step + 1, state.position, self.carried, progress)
         self.admit(rollouts)
 
         batch = self.update_batch(rollouts)
         self.stopping.hold()  # until the end of the step
         self.start_learning(rollouts, batch)
-        self.ahead = None
+        self.ahead, self.learned = None, None
         if self.recipe.rollout.max_staleness and self.state.step + 1 < self.total_steps:
-            self.ahead = self.roll_out_step(rollouts.step + 1, rollouts.position, progress)
-        with self.timed("learner", progress):
-            learned = self.learn(rollouts)
-        self.state.position = rollouts.position
-        with self.timed("weights", progress, self.state.step + 1):
-            self.state.weight_version += 1
-            self.send_weights()
+            self.ahead = self.roll_out_step(rollouts.step + 1, rollouts.position, rollouts.carried, progress, rollouts)
+        learned = self.learned or self.finish_learning(rollouts, progress)
+        self.state.position, self.carried = rollouts.position, rollouts.carried
+        self.state.carried = [[carried.row, carried.epoch] for carried in rollouts.carried]
 
         sampled = ~rollouts.info.greedy
         rewards = rollouts.rewards[sampled]
@@ -304,6 +318,7 @@ class Training:
             "reward/dropped": rollouts.dropped,
             "reward/ready": rollouts.ready,
             **{f"rewards/{name}": value for name, value in rollouts.parts.items()},
+            "prompts/left": len(rollouts.carried),
             "length/limit": rollouts.limit,
             "length/mean": float(lengths.mean()),
             "length/max": int(lengths.max()),
@@ -335,6 +350,19 @@ class Training:
     def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:
         self.updating = self.learner.start_update(rollouts.shards, batch)
         self.timeline.span_of_call(self.updating.refs[0], "learner", rollouts.step)  # the ranks end together
+
+    def finish_learning(self, rollouts: Rollouts, progress: Progress) -> dict[str, float]:
+        """Waits for the update of these, and sends the new weights. Returns the update's metrics."""
+        with self.timed("learner", progress):
+            self.learned = self.learn(rollouts)
+        with self.timed("weights", progress, self.state.step + 1):
+            self.state.weight_version += 1
+            self.send_weights()
+        return self.learned
+
+    def has_learned(self) -> bool:
+        refs = self.updating.refs
+        return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """The update's metrics. One that is not finite is saved aside with its cause; several in a row end the run."""
@@ -376,19 +404,47 @@ class Training:
         sampled = ~info.greedy
         baseline = None
         if self.greedy_rollouts:
-            greedy = dict(zip(info.prompt_row[~sampled].tolist(), rewards[~sampled].tolist(), strict=True))
-            baseline = np.array([greedy[row] for row in info.prompt_row[sampled].tolist()], np.float32)
+            prompt = self.prompt_number(info)
+            greedy = dict(zip(prompt[~sampled].tolist(), rewards[~sampled].tolist(), strict=True))
+            baseline = np.array([greedy[number] for number in prompt[sampled].tolist()], np.float32)
         return UpdateBatch(info.sample_id[sampled], rewards[sampled], baseline)
 
-    def roll_out_step(self, step: int, position: int, progress: Progress) -> Rollouts:
-        """The rollouts of a step whose prompts begin at ``position``, with the weights that the engines have."""
+    def roll_out_step(
+        self,
+        step: int,
+        position: int,
+        carried: list[Carried],
+        progress: Progress,
+        learning: Rollouts | None = None,
+    ) -> Rollouts:
+        """The rollouts of a step whose prompts begin at ``position``, and of those that the last one left to it.
+
+        ``learning`` is the step whose update is under way.
+        """
         recipe = self.recipe
         count = recipe.prompts.per_step
         if recipe.run.epochs is not None:
             count = min(count, recipe.run.epochs * self.num_prompts - position)
-        drawn = draw(position, count, self.groups, recipe.run.seed, recipe.prompts.shuffle)
-        rollouts = self.roll_out(step, self.requests(drawn), self.state.length.tokens, progress)
-        return replace(rollouts, position=position + count)
+        new = draw(position, count, self.groups, recipe.run.seed, recipe.prompts.shuffle)
+        drawn = [(prompt.row, prompt.epoch) for prompt in carried] + new
+        requests = self.requests(drawn)
+        for number, prompt in enumerate(carried):
+            for sample, begun in prompt.begun.items():
+                index = number * self.per_prompt + sample
+                requests[index] = replace(requests[index], begun=begun)
+        leave = None if step == self.total_steps or recipe.rollout.wait_for == 1 else len(carried)
+        rollouts = self.roll_out(step, requests, self.state.length.tokens, progress, learning, leave)
+        left = [Carried(*drawn[number], begun) for number, begun in rollouts.left.items()]
+        return replace(rollouts, position=position + count, carried=left)
+
+    @property
+    def per_prompt(self) -> int:
+        """Requests for each prompt."""
+        return self.recipe.rollout.samples_per_prompt + self.greedy_rollouts
+
+    def prompt_number(self, info: TrajectoryInfo) -> Int64:
+        """[N] Of each trajectory's prompt among those of the step; a row may be drawn twice."""
+        return info.sample_id // self.per_prompt
 
     def requests(self, drawn: list[tuple[int, int]]) -> list[RolloutRequest]:
         """The requests for prompts given as (row, epoch), which the sampling seeds are made of.
@@ -396,47 +452,92 @@ class Training:
         Each prompt's samples and, after them, its greedy rollout where ReMax wants one.
         """
         samples = self.recipe.rollout.samples_per_prompt
-        per_prompt = samples + self.greedy_rollouts
         return [
             RolloutRequest(
-                sample_id=prompt * per_prompt + sample,
+                sample_id=prompt * self.per_prompt + sample,
                 prompt_row=row,
                 seed=request_seed(self.recipe.run.seed, self.prompt_ids[row], epoch, sample),
                 greedy=sample == samples,
             )
             for prompt, (row, epoch) in enumerate(drawn)
-            for sample in range(per_prompt)
+            for sample in range(self.per_prompt)
         ]
 
-    def roll_out(self, step: int, requests: list[RolloutRequest], limit: int, progress: Progress) -> Rollouts:
-        """Generates and scores; a shard is sent to be scored the moment that it arrives."""
+    def roll_out(
+        self,
+        step: int,
+        requests: list[RolloutRequest],
+        limit: int,
+        progress: Progress,
+        learning: Rollouts | None = None,
+        leave: int | None = None,
+    ) -> Rollouts:
+        """Generates and scores; a shard is sent to be scored the moment that it arrives.
+
+        ``learning`` is the step that is being learned from: with `rollout.in_flight: continue` its weights are sent as
+        soon as they are there, and samples under way go on with them. ``leave``: the last prompts are left to the next
+        step once `rollout.wait_for` of all, the first ``leave`` of them among these, are done.
+        """
+        settings = self.recipe.rollout
         shards: list[Any] = []
         infos: list[TrajectoryInfo] = []
         scored: list[ScoredShard] = []
+        begun: dict[int, Begun] = {}  # by sample id: interrupted
+        undone = Counter(request.sample_id // self.per_prompt for request in requests)
+        most_undone = len(undone) - ceil(settings.wait_for * len(undone))
+        renew = learning is not None and settings.in_flight == "continue"
+
+        def enough() -> bool:
+            return leave is not None and len(undone) <= most_undone and (not undone or min(undone) >= leave)
+
+        def stop() -> bool:
+            return (renew or enough()) and (learning is None or self.has_learned())
+
         missing, ready = requests, 1.0
         while missing:
             asked = []
-            with self.timed("rollout", progress, step):
-                ordered = self.recipe.run.deterministic
-                for shard, info in self.rollouts.generate(missing, limit, ordered, self.revive):
-                    shards.append(shard)
-                    infos.append(info)
-                    asked.append(self.rewards.submit(shard, info.prompt_tokens + info.response_tokens, info.finished))
+            while missing:
+                with self.timed("rollout", progress, step):
+                    ordered, watch = self.recipe.run.deterministic, stop if renew or leave is not None else None
+                    for shard, info in self.rollouts.generate(missing, limit, ordered, self.revive, watch):
+                        if info.interrupted.any():
+                            begun |= {
+                                sample_id: Begun(shard, row) for row, sample_id in enumerate(info.sample_id.tolist())
+                            }
+                            continue
+                        undone.subtract(self.prompt_number(info).tolist())
+                        undone = +undone
+                        shards.append(shard)
+                        infos.append(info)
+                        tokens = info.prompt_tokens + info.response_tokens
+                        asked.append(self.rewards.submit(shard, tokens, info.finished))
+                if learning is not None and renew and begun:
+                    self.finish_learning(learning, progress)
+                    renew, learning = False, None
+                missing = []
+                if begun and not enough():
+                    missing = [
+                        replace(each, begun=begun[each.sample_id]) for each in requests if each.sample_id in begun
+                    ]
+                    begun = {}
             with self.timed("reward", progress, step):
                 ready = min(ready, self.rewards.ready(asked))
                 scored += self.rewards.collect(asked)
             lost = {n for n, shard in enumerate(scored) if shard.lost}  # with a node, before all of it was scored
             ids = {sample_id for n in lost for sample_id in infos[n].sample_id.tolist()}
             missing = [request for request in requests if request.sample_id in ids]
+            undone.update(request.sample_id // self.per_prompt for request in missing)
             shards = [shard for n, shard in enumerate(shards) if n not in lost]
             infos = [info for n, info in enumerate(infos) if n not in lost]
             scored = [shard for shard in scored if not shard.lost]
         info = TrajectoryInfo.concat(infos)
         order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
-        if info.sample_id[order].tolist() != [request.sample_id for request in requests]:
+        if sorted([*info.sample_id.tolist(), *begun]) != [request.sample_id for request in requests]:
             raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
+        left = self.what_is_left(begun, shards, infos)
+        order = order[~np.isin(self.prompt_number(info)[order], list(left))]
         rewards = np.concatenate([shard.rewards for shard in scored])
-        good = order[with_reward(info, rewards, self.greedy_rollouts)[order]]
+        good = order[with_reward(info, self.prompt_number(info), rewards, self.greedy_rollouts)[order]]
         sampled = good[~info.greedy[good]]
         parts = {
             name: float(np.concatenate([shard.parts[name] for shard in scored])[sampled].mean())
@@ -450,11 +551,28 @@ class Training:
             rewards=rewards[good],
             parts=parts,
             limit=limit,
-            dropped=len(info) - len(good),
+            dropped=len(order) - len(good),
             ready=ready,
+            left=left,
         )
         self.refuse_unscored(rollouts)
         return rollouts
+
+    def what_is_left(
+        self, begun: dict[int, Begun], shards: list[Any], infos: list[TrajectoryInfo]
+    ) -> dict[int, dict[int, Begun]]:
+        """Of the prompts with an interrupted sample all samples, which are learned from together."""
+        left: dict[int, dict[int, Begun]] = {sample_id // self.per_prompt: {} for sample_id in begun}
+        done = {
+            sample_id: Begun(shard, row)
+            for shard, info in zip(shards, infos, strict=True)
+            for row, sample_id in enumerate(info.sample_id.tolist())
+            if sample_id // self.per_prompt in left
+        }
+        for sample_id, where in (begun | done).items():
+            number, sample = divmod(sample_id, self.per_prompt)
+            left[number][sample] = where
+        return left
 
     def refuse_unscored(self, rollouts: Rollouts) -> None:
         """Ends the run where the recipe does not go on without samples that got no reward, or where none did."""
@@ -488,6 +606,7 @@ class Training:
             rollouts.shards,
             [shard.columns() for shard in rollouts.scored],
             [shard.causes for shard in rollouts.scored],
+            {number * self.per_prompt + sample for number, begun in rollouts.left.items() for sample in begun},
             self.recipe.rollout.timeout_s,
         )
         self.saving.append(task)
@@ -510,13 +629,13 @@ class Training:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
 
-def with_reward(info: TrajectoryInfo, rewards: Float32, greedy_rollouts: bool) -> Bool:
+def with_reward(info: TrajectoryInfo, prompt: Int64, rewards: Float32, greedy_rollouts: bool) -> Bool:
     """Which trajectories [N] have a reward and, where there are greedy rollouts, one to compare it with."""
     good = np.isfinite(rewards)
     if greedy_rollouts:
-        sampled = np.unique(info.prompt_row[good & ~info.greedy])
-        greedy = np.unique(info.prompt_row[good & info.greedy])
-        good &= np.isin(info.prompt_row, np.intersect1d(sampled, greedy))
+        sampled = np.unique(prompt[good & ~info.greedy])
+        greedy = np.unique(prompt[good & info.greedy])
+        good &= np.isin(prompt, np.intersect1d(sampled, greedy))
     return good
 
 

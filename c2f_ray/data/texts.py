@@ -28,6 +28,7 @@ def text_rows(
             "finished": bool(shard.info.finished[i]),
             **{name: value[i] for name, value in more.items()},
             "weight_version": int(shard.info.weight_version[i]),
+            "newest_weight_version": int(max(shard.token_version[i], default=shard.info.weight_version[i])),
             "prompt": decode(tokenizer, shard.prompt[i], special=True),
             "response": decode(tokenizer, shard.response[i], special=False),
             "response_tokens": int(shard.info.response_tokens[i]),
@@ -60,11 +61,13 @@ def save_trajectories(
     shards: list[Any],
     columns: list[Columns],
     causes: list[dict[int, str]],
+    left: set[int],
     timeout_s: float,
 ) -> None:
     """Writes a step's trajectories; those that no reward came for once more, aside, with the cause.
 
-    `shards` are object references; ``causes`` tells, for each, why a row has no reward.
+    `shards` are object references; ``causes`` tells, for each, why a row has no reward; samples whose ids are ``left``
+    to the next step will be in its file.
     """
     shards = wait_for(shards, timeout_s, f"the trajectories of step {step}")
     why = {
@@ -72,7 +75,8 @@ def save_trajectories(
         for shard, found in zip(shards, causes, strict=True)
         for row, cause in found.items()
     }
-    rows = [{"step": step, **row} for row in text_rows(load_tokenizer(tokenizer), prompts, shards, columns)]
+    texts = text_rows(load_tokenizer(tokenizer), prompts, shards, columns)
+    rows = [{"step": step, **row} for row in texts if row["sample_id"] not in left]
     write_rows(path, rows)
     if why:
         aside = [{**row, "cause": why[row["sample_id"]]} for row in rows if row["sample_id"] in why]

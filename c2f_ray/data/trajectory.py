@@ -50,10 +50,11 @@ class TrajectoryInfo:
     sample_id: Int64  # [N] unique within a step
     prompt_row: Int64  # [N] row of the PromptSet
     greedy: Bool  # [N] ReMax's greedy rollout
-    finished: Bool  # [N] ended by itself; False: cut by the limit
+    finished: Bool  # [N] ended by itself; False: cut by the limit, or interrupted
+    interrupted: Bool  # [N] the rest is still to be sampled
     prompt_tokens: Int32  # [N] count
     response_tokens: Int32  # [N] count, end-of-sequence token included
-    weight_version: Int32  # [N] version of the weights that sampled it
+    weight_version: Int32  # [N] version of the weights that sampled its first token
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -74,6 +75,7 @@ class Trajectories:
     prompt: Ragged  # int32 token ids
     response: Ragged  # int32 token ids, end-of-sequence token included when the response ended by itself
     sampler_logprobs: Ragged  # float32, one for each response token, of the distribution before temperature and top_p
+    token_version: Ragged  # int32, one for each response token: version of the weights that sampled it
 
     def __len__(self) -> int:
         return len(self.info)
@@ -84,6 +86,7 @@ class Trajectories:
             self.prompt.select(rows),
             self.response.select(rows),
             self.sampler_logprobs.select(rows),
+            self.token_version.select(rows),
         )
 
     @classmethod
@@ -94,4 +97,4 @@ class Trajectories:
             return Ragged.from_rows(rows, parts[0].values.dtype.type)
 
         infos = TrajectoryInfo.concat([shard.info for shard in shards])
-        return cls(infos, join("prompt"), join("response"), join("sampler_logprobs"))
+        return cls(infos, join("prompt"), join("response"), join("sampler_logprobs"), join("token_version"))

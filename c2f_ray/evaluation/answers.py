@@ -124,6 +124,7 @@ def truncate(shard: Trajectories, limit: int) -> Trajectories:
         shard.prompt,
         Ragged.from_rows([shard.response[i][:limit] for i in range(len(shard))], np.int32),
         Ragged.from_rows([shard.sampler_logprobs[i][:limit] for i in range(len(shard))], np.float32),
+        Ragged.from_rows([shard.token_version[i][:limit] for i in range(len(shard))], np.int32),
     )
 
 

@@ -119,7 +119,9 @@ class Rollout(Section):
     shard_samples: Count = 32  # trajectories handed over together
     max_num_seqs: Count = 256  # sequences that one engine decodes at the same time
     memory: Positive = 0.9  # share of a GPU's memory for the engine; GiB of KV cache on the CPU
-    max_staleness: Literal[0, 1] = 0  # weight versions that samples may lag; 1: a step samples as another learns
+    max_staleness: Literal[0, 1, 2] = 0  # weight versions that samples may lag; from 1 a step samples as another learns
+    in_flight: Literal["finish", "continue"] = "finish"  # samples under way when new weights come: on the old, or those
+    wait_for: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of a step's prompts; the next one finishes the others
     timeout_s: Positive = 1800  # of one step's rollouts
 
 
@@ -569,14 +571,29 @@ class Recipe(Section):
         if self.rollout.max_staleness > 0:
             if isinstance(self.learner, RejectionSamplingLearner):
                 raise ValueError(
-                    "rollout.max_staleness: 1 with rejection_sampling has no meaning: each round samples what the last "
-                    "one made; leave it out"
+                    f"rollout.max_staleness: {self.rollout.max_staleness} with rejection_sampling has no meaning: "
+                    "each round samples what the last one made; leave it out"
                 )
             if self.learner.importance_clip is None:
                 raise ValueError(
-                    "rollout.max_staleness: 1 makes samples off-policy; set learner.importance_clip (2 is usual), "
-                    "which corrects for that"
+                    f"rollout.max_staleness: {self.rollout.max_staleness} makes samples off-policy; "
+                    "set learner.importance_clip (2 is usual), which corrects for that"
                 )
+        if self.rollout.in_flight == "continue" and self.rollout.max_staleness == 0:
+            raise ValueError(
+                "rollout.in_flight: continue without rollout.max_staleness has no meaning: nothing is sampled as the "
+                "learner learns; set rollout.max_staleness to 1"
+            )
+        if self.rollout.wait_for < 1 and self.rollout.max_staleness < 2:
+            raise ValueError(
+                f"rollout.wait_for: {self.rollout.wait_for:g} leaves samples to the next step, where their first "
+                "tokens may be two weight versions old; set rollout.max_staleness to 2"
+            )
+        if self.run.deterministic and (self.rollout.in_flight == "continue" or self.rollout.wait_for < 1):
+            raise ValueError(
+                "run.deterministic: true with rollout.in_flight: continue or rollout.wait_for below 1 is not possible: "
+                "how far a sample was when new weights came depends on time"
+            )
         if self.policy.dtype == "bfloat16" and self.learner.zero_stage == 0:
             raise ValueError(
                 "learner.zero_stage: 0 with policy.dtype bfloat16 is not offered: DeepSpeed's optimizer for it counts "

@@ -1,10 +1,12 @@
 """One rollout actor: a vLLM engine, token in and token out.
 
 Invariants: an actor generates only with weights that have a version; the prefix cache never outlives the weights
-that filled it; with the same weights, a request's tokens depend on nothing but its prompt, its seed and its limit.
+that filled it; with the same weights, a request's tokens depend on nothing but its prompt, its seed and its limit; a
+sample that goes on with other weights than it began with is prefilled anew by them.
 """
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.experimental.internal_kv import _internal_kv_exists
 
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import C2FError, WeightMismatchError
@@ -20,12 +24,23 @@ from c2f_ray.rollout.engine import (
     LoadFormat,
     abandon_update,
     build_engine,
+    interrupt,
     parameters_checksum,
     reload_from,
     sampling_params,
 )
 
 NO_WEIGHTS = -1
+LOOK_EVERY_S = 0.2  # whether to stop
+INTERRUPTED = -1  # number of the shard with what was interrupted
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A sample that was interrupted, or waits for others of its prompt: where it is."""
+
+    shard: Any  # reference to Trajectories
+    row: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,19 @@ class RolloutRequest:
     prompt_row: int
     seed: int  # in [0, 2^63)
     greedy: bool  # the most likely token at each position, whatever the recipe's temperature
+    begun: Begun | None = None
+
+
+@dataclass
+class _Sample:
+    """A response so far: token ids, logprobs and versions are of one length."""
+
+    request: RolloutRequest
+    tokens: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finished: bool = False
+    interrupted: bool = True  # until the engine says otherwise
 
 
 class RolloutActor:
@@ -55,36 +83,88 @@ class RolloutActor:
 
     @ray.method(num_returns="streaming")
     def generate(
-        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool
+        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool, stop_key: str | None = None
     ) -> Iterator[Trajectories | TrajectoryInfo]:
         """Yields each shard's `Trajectories` and then, as an object of its own, its `TrajectoryInfo`.
 
         A shard is `rollout.shard_samples` trajectories (the last one fewer), handed over when all have finished.
-        `ordered`: a shard holds consecutive requests; otherwise those that finished one after the other.
+        `ordered`: a shard holds consecutive requests; otherwise those that finished one after the other. Once
+        `stop_key` is in Ray's key-value store, what is not finished is handed over as it is, in a shard of its own.
         """
         self._check(requests, max_tokens)
         engine: Any = self.llm.llm_engine
-        outputs: dict[int, Any] = {}
-        shards: dict[int, list[int]] = defaultdict(list)  # positions, by number of the shard
+        samples = [self._begin(request) for request in requests]
         size = self.rollout.shard_samples
+        shards: dict[int, list[int]] = defaultdict(list)  # positions that wait for others, by number of the shard
+        done = 0
+        running: set[int] = set()
+        looked_at = time.monotonic()
+
+        def hand_over(number: int) -> Iterator[Trajectories | TrajectoryInfo]:
+            shard = self._shard([samples[position] for position in sorted(shards.pop(number))])
+            yield shard
+            yield shard.info
+
+        def finish(position: int) -> Iterator[Trajectories | TrajectoryInfo]:
+            nonlocal done
+            number = INTERRUPTED if samples[position].interrupted else (position if ordered else done) // size
+            done += 1
+            shards[number].append(position)
+            if number != INTERRUPTED and len(shards[number]) == size:
+                yield from hand_over(number)
+
         try:
-            for position, request in enumerate(requests):
-                prompt = {"prompt_token_ids": self.prompt_tokens[request.prompt_row].tolist()}
-                params = sampling_params(self.rollout, request.seed, request.greedy, max_tokens)
-                engine.add_request(str(position), prompt, params)
-            while engine.has_unfinished_requests():
-                for result in engine.step():
+            for position, sample in enumerate(samples):
+                if sample.interrupted and len(sample.tokens) < max_tokens:
+                    engine.add_request(str(position), *self._rest_of(sample, max_tokens))
+                    running.add(position)
+            for position in sorted(set(range(len(samples))) - running):
+                samples[position].interrupted = False
+                yield from finish(position)
+            while running:
+                results = engine.step()
+                if stop_key and time.monotonic() - looked_at > LOOK_EVERY_S:
+                    looked_at = time.monotonic()
+                    if _internal_kv_exists(stop_key):
+                        results += interrupt(self.llm)
+                for result in results:
                     position = int(result.request_id)
-                    number = (position if ordered else len(outputs)) // size
-                    outputs[position] = result.outputs[0]
-                    shards[number].append(position)
-                    if len(shards[number]) == min(size, len(requests) - number * size):
-                        positions = sorted(shards[number])
-                        shard = self._shard([(requests[i], outputs[i]) for i in positions])
-                        yield shard
-                        yield shard.info
+                    running.remove(position)
+                    self._add(samples[position], result.outputs[0])
+                    yield from finish(position)
+            for number in sorted(shards):
+                yield from hand_over(number)
         finally:  # the caller is gone, or the engine failed: leave nothing for the next call
-            engine.abort_request([str(i) for i in range(len(requests)) if i not in outputs])
+            engine.abort_request([str(position) for position in running])
+
+    def _begin(self, request: RolloutRequest) -> _Sample:
+        """Where the request's sample is; at its start, too, where what there was of it is lost with a node."""
+        sample = _Sample(request, [], [], [])
+        if request.begun is not None:
+            try:
+                shard: Trajectories = ray.get(request.begun.shard, timeout=self.rollout.timeout_s)
+            except (RayActorError, ObjectLostError):
+                return sample
+            row = request.begun.row
+            parts = (shard.response, shard.sampler_logprobs, shard.token_version)
+            sample.tokens, sample.logprobs, sample.versions = (part[row].tolist() for part in parts)
+            sample.finished = bool(shard.info.finished[row])
+            sample.interrupted = bool(shard.info.interrupted[row])
+        return sample
+
+    def _rest_of(self, sample: _Sample, max_tokens: int) -> tuple[dict[str, list[int]], Any]:
+        """Prompt and sampling parameters."""
+        request, begun = sample.request, len(sample.tokens)
+        seed = (request.seed + begun) % 2**63  # or it would draw the same numbers as for its first tokens
+        params = sampling_params(self.rollout, seed, request.greedy, max_tokens - begun)
+        return {"prompt_token_ids": self.prompt_tokens[request.prompt_row].tolist() + sample.tokens}, params
+
+    def _add(self, sample: _Sample, output: Any) -> None:
+        sample.tokens += output.token_ids
+        sample.logprobs += output.logprobs.logprobs
+        sample.versions += [self.weight_version] * len(output.token_ids)
+        sample.finished = output.finish_reason == "stop"
+        sample.interrupted = output.finish_reason == "abort"
 
     def _check(self, requests: list[RolloutRequest], max_tokens: int) -> None:
         if self.weight_version == NO_WEIGHTS:
@@ -96,22 +176,23 @@ class RolloutActor:
                 f"a prompt of {longest} tokens and max_tokens {max_tokens} exceed the engine's {self.max_model_tokens}"
             )
 
-    def _shard(self, samples: list[tuple[RolloutRequest, Any]]) -> Trajectories:
-        requests = [request for request, _ in samples]
-        outputs = [output for _, output in samples]
+    def _shard(self, samples: list[_Sample]) -> Trajectories:
+        requests = [sample.request for sample in samples]
         prompt = self.prompt_tokens.select([request.prompt_row for request in requests])
-        response = Ragged.from_rows([output.token_ids for output in outputs], np.int32)
+        response = Ragged.from_rows([sample.tokens for sample in samples], np.int32)
         info = TrajectoryInfo(
             sample_id=np.array([request.sample_id for request in requests], np.int64),
             prompt_row=np.array([request.prompt_row for request in requests], np.int64),
             greedy=np.array([request.greedy for request in requests], np.bool_),
-            finished=np.array([output.finish_reason == "stop" for output in outputs], np.bool_),
+            finished=np.array([sample.finished for sample in samples], np.bool_),
+            interrupted=np.array([sample.interrupted for sample in samples], np.bool_),
             prompt_tokens=prompt.lengths.astype(np.int32),
             response_tokens=response.lengths.astype(np.int32),
-            weight_version=np.full(len(samples), self.weight_version, np.int32),
+            weight_version=np.array([(*sample.versions, self.weight_version)[0] for sample in samples], np.int32),
         )
-        logprobs = Ragged.from_rows([output.logprobs.logprobs for output in outputs], np.float32)
-        return Trajectories(info, prompt, response, logprobs)
+        logprobs = Ragged.from_rows([sample.logprobs for sample in samples], np.float32)
+        versions = Ragged.from_rows([sample.versions for sample in samples], np.int32)
+        return Trajectories(info, prompt, response, logprobs, versions)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         if self.transfer_open:  # the last transfer failed; a new group comes for a new one

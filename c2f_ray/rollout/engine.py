@@ -13,7 +13,7 @@ from c2f_ray.weights.source import checksum
 from c2f_ray.weights.transfer import transfer_backend
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
 
 LoadFormat = Literal["dummy", "auto"]  # weights by a transfer, or from the model's folder
 
@@ -54,6 +54,17 @@ def sampling_params(rollout: Rollout, seed: int, greedy: bool, max_tokens: int) 
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def interrupt(llm: "LLM") -> "list[RequestOutput]":
+    """Ends all requests; returns what each has so far. vLLM hands that over only through its asynchronous API."""
+    from vllm.v1.engine import FinishReason
+
+    engine: Any = llm.llm_engine
+    states = list(engine.output_processor.request_states.values())
+    outputs = [state.make_request_output([], None, FinishReason.ABORT, None, None, None) for state in states]
+    engine.abort_request([output.request_id for output in outputs])
+    return outputs
 
 
 def parameters_checksum(model: torch.nn.Module) -> int:

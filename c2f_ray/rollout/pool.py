@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import groupby, pairwise
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 
 from c2f_ray.data.trajectory import TrajectoryInfo
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe import Recipe
-from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
+from c2f_ray.rollout.actor import LOOK_EVERY_S, RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for, wait_for_start
@@ -112,14 +114,22 @@ class RolloutPool:
         return dead
 
     def generate(
-        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool, revive: Callable[[], None] | None = None
+        self,
+        requests: list[RolloutRequest],
+        max_tokens: int,
+        ordered: bool,
+        revive: Callable[[], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Iterator[tuple[Any, TrajectoryInfo]]:
         """Yields (reference to Trajectories, its info) as shards finish; see `RolloutActor.generate`.
 
         Each actor gets consecutive requests. What one owed when it died goes to another; with `ordered` that leaves
         the composition of every shard as it was. `revive` is called when none is left, and brings replacements their
         weights; without it the death is raised. Raises DeadlineError after `rollout.timeout_s`, naming who owes what.
+        Once `stop` says so, what is still being sampled is interrupted, and yielded as it is.
         """
+        stop_key = uuid4().hex if stop else None
+        stopped = False
         deadline = time.monotonic() + self.timeout_s
         streams: dict[Any, _Stream] = {}
         owed: list[list[RolloutRequest]] = split(requests, len(self.actors))  # not yet given to an actor
@@ -135,9 +145,17 @@ class RolloutPool:
                     load[stream.number] += len(stream.missing)
                 number = min(load, key=lambda number: load[number])
                 stream = _Stream(number, {request.sample_id: request for request in part})
-                streams[self.actors[number].generate.remote(part, max_tokens, ordered)] = stream
+                streams[self.actors[number].generate.remote(part, max_tokens, ordered, stop_key)] = stream
             owed = []
-            ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
+            left_s = max(0.0, deadline - time.monotonic())
+            if stop_key and stop and not stopped:
+                if stop():
+                    _internal_kv_put(stop_key, b"")
+                    stopped = True
+                left_s = min(left_s, LOOK_EVERY_S)
+            ready, _ = ray.wait(list(streams), timeout=left_s, fetch_local=False)
+            if not ready and time.monotonic() < deadline:
+                continue
             if not ready:
                 owing = [
                     f"rollout actor {stream.number}: {len(stream.missing)} of {stream.asked} samples"
@@ -174,6 +192,8 @@ class RolloutPool:
                 if revive is None:
                     raise
                 owed = self._give_up(stream.number, streams, error)
+        if stop_key and stopped:
+            _internal_kv_del(stop_key)
 
     def _give_up(self, number: int, streams: dict[Any, "_Stream"], cause: object) -> list[list[RolloutRequest]]:
         """Replaces an actor; takes its calls out of `streams`, and returns what each of them owed."""

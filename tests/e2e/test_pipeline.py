@@ -50,3 +50,36 @@ def test_each_prompt_is_learned_from_once_and_in_turn(run: Path, world: Path):
         rows = pq.read_table(run / "trajectories" / f"step_{step:06d}.parquet").to_pylist()
         found += [int(row["prompt_id"].removeprefix("train-")) for row in rows if not row["greedy"]]
     assert found == expected
+
+
+@pytest.fixture(scope="module")
+def partial(run: Path) -> Path:
+    """Four engine slots for sixteen samples a step; of its prompts half are waited for."""
+    settings = [
+        *SETTINGS, "run.name=partial", "run.steps=5", "rollout.max_staleness=2", "rollout.in_flight=continue",
+        "rollout.wait_for=0.5", "rollout.max_num_seqs=4", "length={rule: fixed, max_tokens: 96}",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parents[1])
+        train(load_recipe(CONFIG, *settings))
+    return run.parent / "partial"
+
+
+def test_a_tail_that_was_not_waited_for_is_learned_from_once_in_the_next_step(partial: Path, world: Path):
+    lines = read_metrics(partial / "metrics.jsonl")
+    left = [line["prompts/left"] for line in lines]
+    assert sum(left) > 0 and left[-1] == 0
+    count = len((world / "prompts" / "train.jsonl").read_text().splitlines())
+    expected = [row for row, _ in draw(0, 40, [list(range(count))], 1, True)]
+    found, mixed = [], 0
+    for step, line in enumerate(lines, start=1):
+        rows = pq.read_table(partial / "trajectories" / f"step_{step:06d}.parquet").to_pylist()
+        sampled = [int(row["prompt_id"].removeprefix("train-")) for row in rows if not row["greedy"]]
+        assert sampled == [int(row["prompt_id"].removeprefix("train-")) for row in rows if row["greedy"]]
+        carried = left[step - 2] if step > 1 else 0
+        assert len(sampled) == 8 + carried - line["prompts/left"]
+        assert step - 1 - min(row["weight_version"] for row in rows) == line["weights/staleness"] <= 2
+        mixed += sum(row["newest_weight_version"] > row["weight_version"] for row in rows)
+        found += sampled
+    assert sorted(found) == sorted(expected)
+    assert mixed > 0, "no sample went on with new weights"

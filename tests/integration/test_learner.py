@@ -66,6 +66,7 @@ def trajectories(seed: int) -> Trajectories:
         prompt_row=ids // 2,
         greedy=ids % 2 == 1,
         finished=np.ones(24, bool),
+        interrupted=np.zeros(24, bool),
         prompt_tokens=np.array([len(row) for row in prompts], np.int32),
         response_tokens=np.array([len(row) for row in responses], np.int32),
         weight_version=np.zeros(24, np.int32),
@@ -75,6 +76,7 @@ def trajectories(seed: int) -> Trajectories:
         Ragged.from_rows(prompts, np.int32),
         Ragged.from_rows(responses, np.int32),
         Ragged.from_rows([np.full(len(row), SAMPLER_LOGPROB) for row in responses], np.float32),
+        Ragged.from_rows([np.zeros(len(row)) for row in responses], np.int32),
     )
 
 

@@ -51,11 +51,13 @@ def shard(world: Path, finished: list[bool]) -> Trajectories:
         prompt_row=np.zeros(n, np.int64),
         greedy=np.zeros(n, bool),
         finished=np.array(finished),
+        interrupted=np.zeros(n, bool),
         prompt_tokens=np.ones(n, np.int32),
         response_tokens=response.lengths.astype(np.int32),
         weight_version=np.zeros(n, np.int32),
     )
-    return Trajectories(info, Ragged.from_rows([[1]] * n, np.int32), response, Ragged.from_rows([[]] * n, np.float32))
+    nothing = Ragged.from_rows([[]] * n, np.float32)
+    return Trajectories(info, Ragged.from_rows([[1]] * n, np.int32), response, nothing, nothing)
 
 
 def test_scores_equal_a_direct_forward(world: Path, cluster: None):
@@ -114,7 +116,7 @@ def test_no_special_token_leaks_into_the_conversation(world: Path, tmp_path: Pat
     info = shard(world, [True] * 4).info.select(np.array([0]))
     prompts = PromptSet(["p"], [[{"role": "user", "content": PROMPT}]], [{}], Ragged.from_rows([[1]], np.int32), 0)
     worker = RewardWorker(Scorer(settings(world)), str(tmp_path), prompts, ordered=True)
-    scores, causes = worker.score(Trajectories(info, response, response, response), [0])
+    scores, causes = worker.score(Trajectories(info, *[response] * 4), [0])
     assert causes == {}
     assert scores[0] == pytest.approx(
         direct_score(world / "reward", f"Human: {PROMPT}\nAssistant: so 3", True), abs=1e-6

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from c2f_ray.data.trajectory import Ragged, Trajectories
 from c2f_ray.errors import ActorDiedError, C2FError, DeadlineError, WeightMismatchError
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import Weights
-from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+from c2f_ray.rollout.actor import Begun, RolloutRequest
+from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
 
@@ -258,6 +260,52 @@ def test_without_the_reset_the_same_measurement_would_be_off(pool, connected, fo
     fresh = generate_alone(actor, [request(0, 0)], 20)
     assert largest_error(folders[1], stale) > 1e-3
     assert largest_error(folders[1], fresh) < 1e-4
+
+
+def test_an_interrupted_sample_goes_on_with_new_weights(pool, connected, folders):
+    """No key or value of the old weights is reused, each token's version is known, and nothing is sampled twice."""
+
+    def look_often(_):
+        from c2f_ray.rollout import actor
+
+        actor.LOOK_EVERY_S = 0.02
+
+    ray.get([actor.__ray_call__.remote(look_often) for actor in pool.actors])
+    ray.get(connected.take_weights_of.remote(folders[1]))
+    ray.get(connected.send.remote(6))
+    requests = [request(n, n % 6) for n in range(24)]
+    found = list(pool.generate(requests, 60, ordered=False, stop=lambda: True))
+    cut = {
+        sample_id: Begun(shard, row)
+        for shard, info in found
+        if info.interrupted.any()
+        for row, sample_id in enumerate(info.sample_id.tolist())
+    }
+    first = in_order([ray.get(shard) for shard, _ in found])
+    assert first.info.sample_id.tolist() == list(range(24))
+    assert set(np.flatnonzero(first.info.interrupted).tolist()) == set(cut) != set()
+    assert not first.info.finished[list(cut)].any()
+    assert largest_error(folders[1], first) < 1e-4
+
+    ray.get(connected.take_weights_of.remote(folders[2]))
+    ray.get(connected.send.remote(7))
+    rest = [replace(each, begun=cut[each.sample_id]) for each in requests if each.sample_id in cut]
+    last = collect(pool.generate(rest, 60, ordered=False))
+    assert last.info.sample_id.tolist() == sorted(cut)
+    assert not last.info.interrupted.any()
+    assert (last.info.finished | (last.info.response_tokens == 60)).all()
+    for row, sample_id in enumerate(last.info.sample_id):
+        old = len(first.response[sample_id])
+        assert last.response[row][:old].tolist() == first.response[sample_id].tolist()
+        new = len(last.response[row]) - old
+        assert last.token_version[row].tolist() == [6] * old + [7] * new
+        assert last.info.weight_version[row] == (6 if old else 7)
+        before, after = (reference_logprobs(folder, last.prompt[row], last.response[row]) for folder in folders[1:])
+        assert np.abs(last.sampler_logprobs[row][:old] - before[:old]).max(initial=0) < 1e-4
+        assert np.abs(last.sampler_logprobs[row][old:] - after[old:]).max(initial=0) < 1e-4
+    assert any(0 < len(first.response[n]) < 60 for n in cut)
+    ray.get(connected.take_weights_of.remote(folders[1]))
+    ray.get(connected.send.remote(9))
 
 
 def test_a_request_gives_the_same_tokens_in_any_company(pool, connected):

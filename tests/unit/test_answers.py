@@ -36,11 +36,11 @@ def test_the_second_turn_is_asked_after_the_first_ones_answer(tmp_path: Path, mo
     prompts = prompt_set([[1], [2]], [["b=3,b?", "c=4,c?"], ["a=1,a?", "d=2,d?"]])
     answers = ["so 1", "so 3", "check", "so 7"]  # of samples 3, 0, 1 and 2, that is of questions 1, 0, 1 and 0
     info = TrajectoryInfo(
-        np.array([3, 0, 1, 2]), np.array([1, 0, 1, 0]), *([np.zeros(4, bool)] * 2), *([np.ones(4, np.int32)] * 3)
+        np.array([3, 0, 1, 2]), np.array([1, 0, 1, 0]), *([np.zeros(4, bool)] * 3), *([np.ones(4, np.int32)] * 3)
     )
     tokens = [tokenizer(answer)["input_ids"] for answer in answers]
     empty = Ragged.from_rows([[]] * 4, np.int32)
-    shard = Trajectories(info, empty, Ragged.from_rows(tokens, np.int32), empty)
+    shard = Trajectories(info, empty, Ragged.from_rows(tokens, np.int32), empty, empty)
     template = tokenizer.chat_template
     rows = second_turn._function(str(tmp_path), template, prompts, [shard], 100, 1.0)
     texts = [decode(tokenizer, rows[i], special=True) for i in range(4)]

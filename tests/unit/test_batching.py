@@ -23,12 +23,13 @@ def test_tokens_of_by_hand():
         prompt_row=np.zeros(4, np.int64),
         greedy=np.array([False, True, False, False]),
         finished=np.ones(4, bool),
+        interrupted=np.zeros(4, bool),
         prompt_tokens=np.ones(4, np.int32),
         response_tokens=np.array([1, 8, 2, 3], np.int32),
         weight_version=np.zeros(4, np.int32),
     )
     empty = Ragged.from_rows([[]] * 4, np.int32)
-    samples = Samples([Trajectories(info, empty, empty, empty)])
+    samples = Samples([Trajectories(info, empty, empty, empty, empty)])
     assert samples.tokens_of(np.array([2, 0, 1])).tolist() == [5, 0, 1, 2, 3, 4]
     assert samples.tokens_of(np.array([], np.int64)).tolist() == []
 
@@ -123,6 +124,7 @@ def shard(ids, prompts, responses, greedy=None):
         prompt_row=np.array(ids),
         greedy=np.array(greedy),
         finished=np.ones(len(ids), bool),
+        interrupted=np.zeros(len(ids), bool),
         prompt_tokens=np.array([len(row) for row in prompts], np.int32),
         response_tokens=np.array([len(row) for row in responses], np.int32),
         weight_version=np.zeros(len(ids), np.int32),
@@ -130,7 +132,7 @@ def shard(ids, prompts, responses, greedy=None):
     logprobs = [[-float(token) for token in row] for row in responses]
     return Trajectories(
         info, Ragged.from_rows(prompts, np.int32), Ragged.from_rows(responses, np.int32),
-        Ragged.from_rows(logprobs, np.float32),
+        Ragged.from_rows(logprobs, np.float32), Ragged.from_rows([[0] * len(row) for row in responses], np.int32),
     )  # fmt: skip
 
 

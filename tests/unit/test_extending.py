@@ -56,8 +56,8 @@ def test_a_new_algorithm(monkeypatch):
     training = training_with(LeaveOneOut, load_recipe(TINY, "rollout.samples_per_prompt=3"))
     info = TrajectoryInfo(
         sample_id=np.arange(6), prompt_row=np.array([7, 7, 7, 2, 2, 2]), greedy=np.zeros(6, bool),
-        finished=np.ones(6, bool), prompt_tokens=np.full(6, 4, np.int32), response_tokens=np.full(6, 8, np.int32),
-        weight_version=np.zeros(6, np.int32),
+        finished=np.ones(6, bool), interrupted=np.zeros(6, bool), prompt_tokens=np.full(6, 4, np.int32),
+        response_tokens=np.full(6, 8, np.int32), weight_version=np.zeros(6, np.int32),
     )  # fmt: skip
     rewards = np.array([1, 0, 2, 5, 5, 2], np.float32)
     rollouts = Rollouts(

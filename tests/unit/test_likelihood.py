@@ -58,8 +58,10 @@ def test_perplexity_and_kl_are_those_of_the_definitions(models: dict[str, str], 
 
     n = len(prompts)
     zeros = np.zeros(n, np.int32)
-    info = TrajectoryInfo(np.arange(n), np.arange(n), np.ones(n, bool), np.ones(n, bool), zeros, zeros, zeros)
-    shard = Trajectories(info, *(Ragged.from_rows(rows, np.int32) for rows in (prompts, responses, [[]] * n)))
+    info = TrajectoryInfo(
+        np.arange(n), np.arange(n), np.ones(n, bool), np.ones(n, bool), np.zeros(n, bool), zeros, zeros, zeros
+    )
+    shard = Trajectories(info, *(Ragged.from_rows(rows, np.int32) for rows in (prompts, responses, [[]] * n, [[]] * n)))
     shards = [shard.select(np.array([0, 1])), shard.select(np.array([2]))]
     windows = Ragged.from_rows(texts, np.int32)
     found = likelihoods(models["one"], models["other"], Forward("float32", 0, 14), windows, shards, 1.0)

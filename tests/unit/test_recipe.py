@@ -208,5 +208,12 @@ def test_sampling_ahead_needs_the_correction_for_it():
     with pytest.raises(RecipeError, match=r"max_staleness: 1 makes samples off-policy; set learner.importance_clip"):
         load_recipe(CONFIGS / "tiny.yaml", ahead)
     assert load_recipe(CONFIGS / "tiny.yaml", ahead, "learner.importance_clip=2.0").rollout.max_staleness == 1
+    ahead = [ahead, "learner.importance_clip=2.0"]
+    with pytest.raises(RecipeError, match=r"wait_for: 0.9 leaves samples to the next step, .*max_staleness to 2"):
+        load_recipe(CONFIGS / "tiny.yaml", *ahead, "rollout.wait_for=0.9")
+    with pytest.raises(RecipeError, match=r"in_flight: continue without rollout.max_staleness has no meaning"):
+        load_recipe(CONFIGS / "tiny.yaml", "rollout.in_flight=continue")
+    with pytest.raises(RecipeError, match=r"run.deterministic: true with rollout.in_flight: continue .* on time"):
+        load_recipe(CONFIGS / "tiny.yaml", *ahead, "rollout.in_flight=continue", "run.deterministic=true")
     with pytest.raises(RecipeError, match="1 with rejection_sampling has no meaning"):
         load_recipe(CONFIGS / "tiny_rejection_sampling.yaml", ahead)
