@@ -92,10 +92,9 @@ class RewardPool:
             "max_concurrency": self.calls_at_once,
             "runtime_env": {"env_vars": engine_env(gpus)} if isinstance(reward, LogRatioReward) else None,
         }
-        remote: Any = ray.remote(RewardWorker)
-        self.new_actor = lambda number: remote.options(
-            **options, **placement.options(f"reward {label}", number)
-        ).remote(scorer, policy_tokenizer, prompts, ordered)
+        self.placement = placement
+        arguments = (scorer, policy_tokenizer, prompts, ordered)
+        self.new_actor = lambda number: placement.start(f"reward {label}", number, RewardWorker, options, *arguments)
         self.workers = [self._start(number) for number in range(reward.workers)]
 
     def _start(self, number: int) -> _Worker:
@@ -200,7 +199,7 @@ class RewardPool:
 
     def _replace(self, worker: _Worker, why: str) -> None:
         """Another actor takes the place of one that is lost. It was at its oldest calls; the others only waited."""
-        ray.kill(worker.actor)  # one that hangs still has its GPUs
+        self.placement.kill(worker.actor)  # one that hangs still has its GPUs
         if not self._is_ready(worker):
             if self.restarts_left == 0:
                 raise ActorDiedError(f"{self.name}: one was lost before it was ready: {why}")
@@ -226,4 +225,4 @@ class RewardPool:
 
     def close(self) -> None:
         for worker in self.workers:
-            ray.kill(worker.actor)
+            self.placement.kill(worker.actor)

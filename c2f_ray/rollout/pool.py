@@ -51,11 +51,10 @@ class RolloutPool:
         self.start_timeout_s = recipe.cluster.start_timeout_s
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
         self.restarts_left = recipe.cluster.max_restarts
-        remote: Any = ray.remote(RolloutActor)
-        self.new_actor = lambda number: remote.options(**options, **placement.options("rollout", number)).remote(
-            recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format
-        )
         self.is_up = False  # every actor was ready once
+        self.placement = placement
+        arguments = (recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format)
+        self.new_actor = lambda number: placement.start("rollout", number, RolloutActor, options, *arguments)
         self.actors = [self.new_actor(number) for number in range(rollout.actors)]
         self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
 
@@ -85,7 +84,7 @@ class RolloutPool:
         self.restarts_left -= 1
         if self.timeline is not None:
             self.timeline.note(f"rollout actor {number} is replaced: {cause}")
-        ray.kill(self.actors[number])  # one that hangs still has its GPUs
+        self.placement.kill(self.actors[number])  # one that hangs still has its GPUs
         self.actors[number] = self.new_actor(number)
         self.starting[number] = self.actors[number].ready.remote()
 
@@ -195,7 +194,7 @@ class RolloutPool:
 
     def close(self) -> None:
         for actor in self.actors:
-            ray.kill(actor)
+            self.placement.kill(actor)
 
 
 def _died(ref: Any) -> bool:
