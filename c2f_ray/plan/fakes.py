@@ -19,6 +19,7 @@ import ray
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
+from c2f_ray.recipe.schema import LogRatioReward
 from c2f_ray.reward.worker import RewardWorker, Scorer
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 
@@ -152,15 +153,19 @@ class FakeRolloutActors:
 
 
 class FakeRewardWorkers:
-    """A score is the version of the weights that sampled, so that each round of a run is better than the last."""
+    """A score is the version of the weights that sampled, so that each round of a run is better than the last. A log
+    ratio's reference gives 0, or the two would cancel.
+    """
 
     def __init__(self, work: FakeWork) -> None:
         self.scores = work.scores
-        self.seconds = 0.0
+        self.seconds, self.sign = 0.0, 1.0
         self.free_at: defaultdict[int, float] = defaultdict(float)
 
     async def begin(self, number: int, scorer: Scorer, *_: Any) -> None:
         self.seconds = next(seconds for known, seconds in self.scores if known == scorer)
+        reward = scorer.reward
+        self.sign = 0.0 if isinstance(reward, LogRatioReward) and scorer.model == reward.reference_model else 1.0
 
     async def ready(self, number: int) -> bool:
         return True
@@ -169,7 +174,7 @@ class FakeRewardWorkers:
         began = max(time.monotonic(), self.free_at[number])
         self.free_at[number] = began + self.seconds * len(rows)
         await _sleep_until(self.free_at[number])
-        return shard.info.weight_version[rows].astype(np.float64), {}
+        return self.sign * shard.info.weight_version[rows], {}
 
 
 class FakeLearnerRanks:

@@ -71,8 +71,11 @@ def simulate(recipe: Recipe, found: Estimate, network: float) -> Simulation:
         progress = Progress(recipe.run.steps or 0, Console(file=io.StringIO()))
         log = stack.enter_context(closing(MetricsLog(run)))
         windows: list[tuple[float, float]] = []
+        own: list[float] = []
 
-        class Simulated(training_of(recipe.learner)):
+        base: Any = training_of(recipe.learner)
+
+        class Simulated(base):
             def step(self, progress: Progress) -> dict[str, Any]:
                 began = time.time()
                 metrics = super().step(progress)
@@ -83,7 +86,6 @@ def simulate(recipe: Recipe, found: Estimate, network: float) -> Simulation:
             def save(self, rollouts: Rollouts, path: Path) -> None:
                 """There is no text to write."""
 
-        own: list[float] = []
         Simulated(recipe, run, fake_checked(recipe), stack, timeline, actors).run(progress, log)
         spans = [span for span in spans_of(read_trace(run)) if span.row in PARTS and span.ended]
     steps = [
