@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
+from c2f_ray.placement import Placement
 from c2f_ray.recipe.schema import LogRatioReward
 from c2f_ray.reward.worker import RewardWorker, Scorer
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
@@ -35,49 +36,30 @@ class FakeWork:
     response_tokens: int = 0  # of each response in its shard; its length, as the shard's info has it, is the limit
 
 
-class FakeRay:
-    """Stands in for Ray where actors are started and killed. `close` ends the processes."""
+@dataclass(frozen=True)
+class FakeActors(Placement):
+    """In place of a run's placement. ``processes`` play the actors of a role; `close` ends them."""
 
-    def __init__(self, work: FakeWork, processes: int = 1) -> None:
-        """``processes`` play the rollout actors, as many the workers of each scorer, and as many the learner ranks."""
-        self.work = work
-        self.processes = processes
-        self.hosts: list[Any] = []
+    work: FakeWork = field(kw_only=True)
+    processes: int = 1
+    hosts: dict[str, list[Any]] = field(default_factory=dict)  # by role
 
-    def remote(self, actor: type) -> "FakeActors":
-        return FakeActors(self, FAKES[actor])
+    def start(self, role: str, number: int, actor: type, options: dict[str, Any], *args: Any) -> "FakeHandle":
+        """Of Ray's options the environment alone matters to a fake: it says how results travel."""
+        if role not in self.hosts:
+            remote: Any = ray.remote(FAKES[actor])
+            host = remote.options(num_cpus=0, max_concurrency=10_000, runtime_env=options["runtime_env"])
+            self.hosts[role] = [host.remote(self.work) for _ in range(self.processes)]
+        handle = FakeHandle(self.hosts[role][number % self.processes], number)
+        handle.begin.remote(*args)
+        return handle
 
     def kill(self, actor: "FakeHandle") -> None:
         """Its process plays others, too."""
 
     def close(self) -> None:
-        for host in self.hosts:
+        for host in (host for hosts in self.hosts.values() for host in hosts):
             ray.kill(host)
-
-
-class FakeActors:
-    """Of one role, or one scorer."""
-
-    def __init__(self, fakes: FakeRay, played_by: type) -> None:
-        self.fakes = fakes
-        self.played_by = played_by
-        self.hosts: list[Any] = []
-        self.count = 0
-
-    def options(self, runtime_env: dict[str, Any] | None = None, **resources: Any) -> "FakeActors":
-        """How results travel is decided there; nothing else of Ray's options matters to a fake."""
-        remote: Any = ray.remote(self.played_by)
-        host = remote.options(num_cpus=0, max_concurrency=10_000, runtime_env=runtime_env)
-        self.hosts = [host.remote(self.fakes.work) for _ in range(self.fakes.processes)]
-        self.fakes.hosts += self.hosts
-        return self
-
-    def remote(self, *args: Any) -> "FakeHandle":
-        """As the real actor's constructor."""
-        handle = FakeHandle(self.hosts[self.count % len(self.hosts)], self.count)
-        self.count += 1
-        handle.begin.remote(*args)
-        return handle
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ are not scaled. Nothing is loaded, and nothing is written but into a temporary f
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from math import ceil
@@ -23,7 +23,7 @@ from c2f_ray.data.trajectory import Ragged
 from c2f_ray.driver import Rollouts, training_of
 from c2f_ray.plan.clusters import CPU
 from c2f_ray.plan.estimate import Estimate
-from c2f_ray.plan.fakes import FakeRay, FakeWork
+from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.schedule import Step, num_rollouts, step
 from c2f_ray.preflight import Checked, Needs
 from c2f_ray.recipe import Recipe
@@ -63,36 +63,48 @@ def simulate(recipe: Recipe, found: Estimate, network: float) -> Simulation:
     gpu = found.nodes.gpu if recipe.learner.gpus_per_rank else CPU
     planned = step(recipe, found.models, gpu, found.engines[limit], limit, network, per_node)
     scale = planned.seconds / max(STEP_S, SAMPLE_S * num_rollouts(recipe))
-    with TemporaryDirectory() as folder, ray_session(recipe, Needs(0, 0, 0), "local"), ExitStack() as stack:
+    windows: list[tuple[float, float]] = []
+    own: list[float] = []
+
+    def after_step(began: float, metrics: dict[str, Any]) -> None:
+        windows.append((began, time.time()))
+        own.append(metrics["time/other_s"])
+
+    with TemporaryDirectory() as folder, ray_session(recipe, Needs(0, 0), "local"):
         run = Path(folder)
         recipe = _shortened(recipe, run)
-        actors = stack.enter_context(closing(FakeRay(fake_work(recipe, planned, scale))))
-        timeline = stack.enter_context(Timeline(run, recipe.run.steps or 0, details=False))
-        progress = Progress(recipe.run.steps or 0, Console(file=io.StringIO()))
-        log = stack.enter_context(closing(MetricsLog(run)))
-        windows: list[tuple[float, float]] = []
-        own: list[float] = []
-
-        base: Any = training_of(recipe.learner)
-
-        class Simulated(base):
-            def step(self, progress: Progress) -> dict[str, Any]:
-                began = time.time()
-                metrics = super().step(progress)
-                windows.append((began, time.time()))
-                own.append(metrics["time/other_s"])
-                return metrics
-
-            def save(self, rollouts: Rollouts, path: Path) -> None:
-                """There is no text to write."""
-
-        Simulated(recipe, run, fake_checked(recipe), stack, timeline, actors).run(progress, log)
+        with closing(FakeActors(work=fake_work(recipe, planned, scale))) as actors:
+            run_on_fakes(recipe, run, actors, after_step)
         spans = [span for span in spans_of(read_trace(run)) if span.row in PARTS and span.ended]
     steps = [
         SimulatedStep(*_seconds(spans, *window, driver, scale), driver)
         for window, driver in zip(windows, own, strict=True)
     ]
     return Simulation(planned, scale, steps, list(_scaled(spans, windows[0][0], scale)))
+
+
+def run_on_fakes(
+    recipe: Recipe, folder: Path, actors: FakeActors, after_step: Callable[[float, dict[str, Any]], None]
+) -> None:
+    """The real loop. ``after_step`` gets the moment at which a step began, in seconds since 1970, and its metrics."""
+    base: Any = training_of(recipe.learner)
+
+    class OnFakes(base):
+        def step(self, progress: Progress) -> dict[str, Any]:
+            began = time.time()
+            metrics = super().step(progress)
+            after_step(began, metrics)
+            return metrics
+
+        def save(self, rollouts: Rollouts, path: Path) -> None:
+            """There is no text to write."""
+
+    checked = fake_checked(recipe)
+    with ExitStack() as stack:
+        timeline = stack.enter_context(Timeline(folder, checked.total_steps, details=False))
+        progress = Progress(checked.total_steps, Console(file=io.StringIO()))
+        log = stack.enter_context(closing(MetricsLog(folder)))
+        OnFakes(recipe, folder, checked, stack, timeline, actors).run(progress, log)
 
 
 def _shortened(recipe: Recipe, folder: Path) -> Recipe:

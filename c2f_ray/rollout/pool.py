@@ -121,6 +121,7 @@ class RolloutPool:
         """
         deadline = time.monotonic() + self.timeout_s
         streams: dict[Any, _Stream] = {}
+        ready: list[Any] = []  # of them, those that have something to read
         owed: list[list[RolloutRequest]] = split(requests, len(self.actors))  # not yet given to an actor
         while streams or any(owed):
             for part in filter(None, owed):
@@ -136,7 +137,8 @@ class RolloutPool:
                 stream = _Stream(number, {request.sample_id: request for request in part})
                 streams[self.actors[number].generate.remote(part, max_tokens, ordered)] = stream
             owed = []
-            ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
+            ready = [key for key in ready if key in streams]
+            ready = ready or _with_something(streams, max(0.0, deadline - time.monotonic()))
             if not ready:
                 owing = [
                     f"rollout actor {stream.number}: {len(stream.missing)} of {stream.asked} samples"
@@ -149,7 +151,7 @@ class RolloutPool:
                     owed += self._give_up(number, streams, silent)
                 deadline = time.monotonic() + self.timeout_s
                 continue
-            key: Any = ready[0]
+            key = ready.pop()
             stream = streams[key]
             try:
                 reference = next(key, None)
@@ -206,6 +208,13 @@ def _died(ref: Any) -> bool:
     except GetTimeoutError:
         return False
     return False
+
+
+def _with_something(streams: dict[Any, "_Stream"], timeout_s: float) -> list[Any]:
+    """All streams that have something to read; waits for the first of them."""
+    keys = list(streams)
+    ready, _ = ray.wait(keys, num_returns=len(keys), timeout=0, fetch_local=False)
+    return ready or ray.wait(keys, timeout=timeout_s, fetch_local=False)[0]
 
 
 class _Stream:

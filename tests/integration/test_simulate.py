@@ -12,7 +12,7 @@ from c2f_ray.cli import app
 from c2f_ray.plan import simulate as simulation
 from c2f_ray.plan.clusters import chosen_nodes
 from c2f_ray.plan.estimate import estimate
-from c2f_ray.plan.fakes import FakeRay, FakeWork
+from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.simulate import simulate
 from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.recipe.schema import FunctionReward
@@ -52,9 +52,9 @@ def test_fake_actors_give_what_was_asked_for(cluster):
     work = FakeWork(samples=(0.001,), scores=[(Scorer(reward), 0.001)], update=0.0, transfer=0.0, response_tokens=5)
     requests = [RolloutRequest(7 * i, i // 2, i, i % 2 == 1) for i in range(1000)]
     with (
-        closing(FakeRay(work)) as actors,
-        closing(RolloutPool(recipe, ray.put(None), 768, "dummy", actors=actors)) as pool,
-        closing(Rewards(reward, recipe.cluster, "", ray.put(None), actors=actors)) as rewards,
+        closing(FakeActors(work=work)) as actors,
+        closing(RolloutPool(recipe, ray.put(None), 768, "dummy", placement=actors)) as pool,
+        closing(Rewards(reward, recipe.cluster, "", ray.put(None), placement=actors)) as rewards,
     ):
         pool.wait_until_ready()
         rewards.wait_until_ready()
