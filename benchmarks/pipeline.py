@@ -23,16 +23,24 @@ from unittest.mock import patch
 
 import numpy as np
 import ray
+import torch
 from ray import cloudpickle
+from transformers import MistralConfig, MistralForCausalLM
+from vllm.utils.network_utils import get_open_port
 
 from c2f_ray import load_recipe, train
+from c2f_ray.data.trajectory import Ragged
 from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.simulate import run_on_fakes
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import reward_parts
+from c2f_ray.recipe.schema import Weights, reward_parts
 from c2f_ray.reward.rewards import scorers
+from c2f_ray.rollout.pool import RolloutPool
+from c2f_ray.tiny.tokenizer import policy_tokenizer
 from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import read_metrics
+from c2f_ray.weights.source import ModuleWeights
+from c2f_ray.weights.transfer import WeightSender
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 RESULTS = Path(__file__).parent / "results" / "pipeline.json"
@@ -42,14 +50,15 @@ CASES = {"balanced": (0.4, 0.4), "rollout_heavy": (0.6, 0.2), "long_tailed": (No
 # With their greedy rollouts 65,536 samples a step, in 2,048 shards.
 SCALE = ("prompts.per_step=32768", "rollout.shard_samples=32", "learner.ranks=8", "run.steps=5")
 LARGE, SMALL = {"rollout.actors": 256, "reward.workers": 64}, {"rollout.actors": 16, "reward.workers": 4}
+BUCKET_MIB, REPEATS = 32, 4
 TOKENS = (100, 10_000)  # of a response, with the same samples
 
 
 def on_fakes(work: dict[str, Any], after_step: Callable[[float, dict[str, Any]], None], *overrides: str) -> None:
     recipe = load_recipe(CONFIG, "length={rule: fixed, max_tokens: 96}", "checkpoints.every_steps=1000", *overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        with closing(FakeActors(work=fake_work(recipe, **work), processes=2)) as actors:
-            run_on_fakes(recipe, Path(folder), actors, after_step)
+    fakes = FakeActors(work=fake_work(recipe, **work), processes=2)
+    with tempfile.TemporaryDirectory() as folder, closing(fakes) as actors:
+        run_on_fakes(recipe, Path(folder), actors, after_step)
 
 
 def fake_work(recipe: Recipe, **work: Any) -> FakeWork:
@@ -191,11 +200,83 @@ def demo() -> dict[str, Any]:
     }
 
 
+@ray.remote(num_cpus=1)
+class Sender:
+    """As a learner rank: a module of random weights, and the real sender; or buckets of as many bytes, and no more."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        torch.manual_seed(0)
+        self.model = MistralForCausalLM(config)
+
+    def connect(self, engines: list[Any]) -> int:
+        """Bytes of a transfer."""
+        source = ModuleWeights(self.model, torch.float32)
+        self.sender = WeightSender(source, Weights(bucket_mib=BUCKET_MIB), gpus_per_actor=0, rank=0)
+        self.sender.connect(engines)
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def send(self, version: int) -> float:
+        began = time.perf_counter()
+        self.sender.send(version)
+        return time.perf_counter() - began
+
+
+@ray.remote(num_cpus=1)
+class BarePeer:
+    def join(self, address: str, port: int, rank: int) -> None:
+        from c2f_ray.weights import gloo  # it imports vllm
+
+        self.begin = gloo._begin_broadcast
+        self.group = gloo._join(gloo.GlooInitInfo(address, port, 0, 3, 0, 600.0), rank)
+
+    def broadcast(self, num_bytes: int) -> float:
+        """Seconds of all buckets, one after the other; the buffers are there before."""
+        size = BUCKET_MIB * 2**20
+        buffers = [torch.zeros(min(size, num_bytes - start), dtype=torch.uint8) for start in range(0, num_bytes, size)]
+        began = time.perf_counter()
+        for buffer in buffers:
+            self.begin(self.group, buffer, time.monotonic() + 600, "a bucket")()
+        return time.perf_counter() - began
+
+
+def transfer() -> dict[str, Any]:
+    """The real sender and two real engines, from the call to checked weights, beside a bare broadcast to two peers."""
+
+    config = MistralConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures = ["MistralForCausalLM"]
+        config.save_pretrained(folder)
+        policy_tokenizer(False).save_pretrained(folder)
+        settings = ("rollout.actors=2", "rollout.memory=0.125", f"policy.model={folder}")
+        no_prompts = ray.put(Ragged.from_rows([np.zeros(1)], np.int32))
+        with closing(RolloutPool(load_recipe(CONFIG, *settings), no_prompts, 64, "dummy")) as pool:
+            sender: Any = Sender.remote(config)
+            pool.wait_until_ready()
+            num_bytes = ray.get(sender.connect.remote(pool.actors))
+            real = [ray.get(sender.send.remote(version)) for version in range(REPEATS)]
+        ray.kill(sender)
+    peers: list[Any] = [BarePeer.remote() for _ in range(3)]
+    address, port = ray.util.get_node_ip_address(), get_open_port()
+    ray.get([peer.join.remote(address, port, rank) for rank, peer in enumerate(peers)])
+    bare = [max(ray.get([peer.broadcast.remote(num_bytes) for peer in peers])) for _ in range(REPEATS)]
+    return {
+        "bytes": num_bytes,
+        "engines": 2,
+        "real_s": min(real[1:]),
+        "bare_s": min(bare[1:]),
+        "real_over_bare_rate": min(bare[1:]) / min(real[1:]),
+    }
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "schedules": schedules,
     "scale": scale,
     "heap": heap,
     "demo": demo,
+    "transfer": transfer,
 }
 
 
@@ -215,6 +296,9 @@ def goals(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
         told.append(("bytes in the driver per token", f"{got:.4f} got, {kept:.4f} of heap (0)", max(got, kept) < 0.01))
     if demo := found.get("demo"):
         told.append(("driver's share of a step", f"{demo['other_share']:.2%} (<= 2%)", demo["other_share"] <= 0.02))
+    if transfer := found.get("transfer"):
+        share = transfer["real_over_bare_rate"]
+        told.append(("transfer, of a bare broadcast's rate", f"{share:.2f} (>= 0.80)", share >= 0.8))
     return told
 
 

@@ -26,15 +26,16 @@ PIPELINED = ("rollout.max_staleness=1", "learner.importance_clip=2.0")
 
 
 def remax(*overrides: str) -> Recipe:
-    return load_recipe(CONFIGS / "mistral_7b_remax.yaml", "rollout.shard_samples=2", *overrides)
+    return load_recipe(CONFIGS / "mistral_7b_remax.yaml", *overrides)
 
 
 @pytest.mark.parametrize("overrides", [(), PIPELINED], ids=["synchronous", "pipelined"])
 def test_a_simulated_step_takes_what_the_plan_says(cluster, monkeypatch, overrides):
-    monkeypatch.setattr(simulation, "STEP_S", 1.5)
-    recipe = remax(*overrides)
+    monkeypatch.setattr(simulation, "STEP_S", 3.0)
+    monkeypatch.setattr(simulation, "STEPS", 3)
+    recipe = remax("rollout.shard_samples=4", *overrides)
     found = simulate(recipe, estimate(recipe, chosen_nodes(recipe, None, None, 8, None, None), NETWORK), NETWORK)
-    assert len(found.steps) == 4
+    assert len(found.steps) == 3
     # Where steps overlap, the first samples for itself and for the second, and the last for none.
     full = found.steps[1:-1] if overrides else found.steps
     quickest = min(full, key=lambda step: step.seconds)  # a busy machine adds to a step, and nothing takes from it
