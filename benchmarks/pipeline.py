@@ -227,7 +227,11 @@ class BarePeer:
         from c2f_ray.weights import gloo  # it imports vllm
 
         self.begin = gloo._begin_broadcast
-        self.group = gloo._join(gloo.GlooInitInfo(address, port, 0, 3, 0, 600.0), rank)
+        info = gloo.GlooInitInfo(
+            master_address=address, master_port=port, rank_offset=0, world_size=3, packed_buffer_size_bytes=0,
+            timeout_s=600.0,
+        )  # fmt: skip
+        self.group = gloo._join(info, rank)
 
     def broadcast(self, num_bytes: int) -> float:
         """Seconds of all buckets, one after the other; the buffers are there before."""
