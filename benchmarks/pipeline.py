@@ -26,7 +26,6 @@ import ray
 import torch
 from ray import cloudpickle
 from transformers import MistralConfig, MistralForCausalLM
-from vllm.utils.network_utils import get_open_port
 
 from c2f_ray import load_recipe, train
 from c2f_ray.data.trajectory import Ragged
@@ -245,6 +244,7 @@ class BarePeer:
 
 def transfer() -> dict[str, Any]:
     """The real sender and two real engines, from the call to checked weights, beside a bare broadcast to two peers."""
+    from vllm.utils.network_utils import get_open_port  # seconds of import
 
     config = MistralConfig(
         vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=8,

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import cycle
 from typing import Any, ClassVar, Self
 
 import torch
@@ -183,17 +184,20 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         deadline = time.monotonic() + self.info.timeout_s
         stream = iter(self.weights)
         sent: Callable[[], Tensor] | None = None
-        for bucket in _buckets(self.manifest, self.info.packed_buffer_size_bytes):
-            tensors = []
+        buckets = list(_buckets(self.manifest, self.info.packed_buffer_size_bytes))
+        size = max(sum(map(_bytes, bucket)) for bucket in buckets)
+        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]  # one is sent as the other is filled
+        for bucket, buffer in zip(buckets, cycle(buffers), strict=False):
+            packed = 0
             for expected, (name, tensor) in zip(bucket, stream, strict=False):
                 if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
                     raise WeightMismatchError(f"the manifest says {expected}, the source gave {name} {tensor.shape}")
-                tensors.append(tensor.reshape(-1).view(torch.uint8))
-            buffer = torch.cat(tensors).cpu()
+                buffer[packed : packed + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+                packed += tensor.nbytes
             if sent is not None:
                 sent()
             what = f"the engines to take {len(bucket)} tensors from {bucket[0].name}"
-            sent = _begin_broadcast(self.group, buffer, deadline, what)
+            sent = _begin_broadcast(self.group, buffer[:packed], deadline, what)
         if sent is not None:
             sent()
         if (extra := next(stream, None)) is not None:  # also lets the source leave its last layer
