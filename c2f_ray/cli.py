@@ -99,6 +99,9 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="Type of GPU, such as A100-80G or H100.")] = None,
     gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="In place of its type's memory.")] = None,
     network_gbits: Annotated[float, typer.Option(min=0.1, help="Network between nodes, Gbit/s.")] = 100,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Run the real driver on fake actors that take these seconds.")
+    ] = False,
 ) -> None:
     """Say what a recipe will need: memory, placement, seconds, disk. Needs neither a GPU nor the models' weights."""
     loaded = _load(recipe, overrides)
@@ -114,6 +117,11 @@ def plan(
         print(f"does not fit: {problem}", file=sys.stderr)
     if found.problems:
         sys.exit(1)
+    if simulate:
+        from c2f_ray.plan.simulate import format_simulation
+        from c2f_ray.plan.simulate import simulate as run_simulation
+
+        Console().print(format_simulation(run_simulation(loaded, found, network)))
 
 
 @app.command()

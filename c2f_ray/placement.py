@@ -1,4 +1,4 @@
-"""Where a run's actors go: one placement group, with a bundle for each actor.
+"""Where a run's actors go, and how they start and end: one placement group, with a bundle for each actor.
 
 Invariants: the group is whole or is not there, so two runs never hold half of a cluster each; an engine's GPUs are of
 one node; an actor's replacement takes its bundle, which moves to another node when its own is lost.
@@ -42,6 +42,14 @@ class Placement:
 
     group: PlacementGroup | None = None
     first: dict[str, int] = field(default_factory=dict)  # bundle of a role's first actor
+
+    def start(self, role: str, number: int, actor: type, options: dict[str, Any], *args: Any) -> Any:
+        """A new actor in the room of a role's n-th; ``options`` are Ray's."""
+        remote: Any = ray.remote(actor)
+        return remote.options(**options, **self.options(role, number)).remote(*args)
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor)
 
     def options(self, role: str, number: int) -> dict[str, Any]:
         """Ray's options for an actor of a role."""

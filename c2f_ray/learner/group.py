@@ -43,9 +43,9 @@ class LearnerGroup:
         # The second is what cuBLAS needs to be deterministic, where the recipe asks for that.
         environment = {"DS_ACCELERATOR": "cuda" if gpus else "cpu", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         options = {"num_gpus": gpus, "num_cpus": 0 if gpus else 1, "runtime_env": {"env_vars": environment}}
-        remote: Any = ray.remote(LearnerRank)
+        self.placement = placement
         self.ranks: list[Any] = [
-            remote.options(**options, **placement.options("learner", rank)).remote(recipe, rank, total_updates)
+            placement.start("learner", rank, LearnerRank, options, recipe, rank, total_updates)
             for rank in range(recipe.learner.ranks)
         ]
         meeting = self.ranks[0].rendezvous.remote()  # handed on as a reference: nothing waits here
@@ -97,7 +97,7 @@ class LearnerGroup:
 
     def close(self) -> None:
         for rank in self.ranks:
-            ray.kill(rank)
+            self.placement.kill(rank)
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         return self._answers(self._ask(method, *args))

@@ -38,6 +38,10 @@ GPUS = {
 }
 
 
+# One core, of ours: for `--simulate`, which also runs recipes without a GPU. No table is made of it.
+CPU = Gpu("CPU core", 0.0, 50e9, 10e9)
+
+
 @dataclass(frozen=True)
 class Node:
     kind: str  # what the file calls its type, such as `rollout`

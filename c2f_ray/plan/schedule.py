@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from c2f_ray.plan.clusters import Gpu
+from c2f_ray.plan.clusters import CPU, Gpu
 from c2f_ray.plan.memory import WIDTH, Engine, has_reference, trainable
 from c2f_ray.plan.model import ModelShape
-from c2f_ray.plan.rewards import scorings
+from c2f_ray.plan.rewards import Scoring, scorings
 from c2f_ray.recipe.schema import (
     FunctionReward,
     LogRatioReward,
@@ -31,7 +31,8 @@ ASSUMPTIONS = (
     f"kernels reach {TRAINING:.0%} of the GPU's bfloat16 peak in training, {FORWARD:.0%} in forward passes, and "
     f"{DECODING:.0%} of its memory's bandwidth in decoding (shares of ours; peaks from the data sheets)",
     f"ranks of one node exchange {NODE_LINK / 1e9:.0f} GB/s; an offloaded AdamW touches {HOST_MEMORY / 1e9:.0f} GB/s",
-    "rewards are computed while rollouts still run; learning follows, and then the weights cross the network once",
+    "rewards are computed while rollouts still run; learning follows, beside the next step's rollouts where "
+    "rollout.max_staleness is 1, and then the weights cross the network once",
 )
 
 
@@ -47,13 +48,19 @@ class Step:
     """Seconds of one step's parts."""
 
     rollout: float
-    reward: float
+    scores: list[float]  # as `scorings` has them; they work side by side
     learner: float
     weights: float
+    pipelined: bool  # the next step is sampled beside the learner
+
+    @property
+    def reward(self) -> float:
+        return max(self.scores)
 
     @property
     def seconds(self) -> float:
-        return max(self.rollout, self.reward) + self.learner + self.weights
+        sampling = max(self.rollout, self.reward)
+        return self.weights + (max(sampling, self.learner) if self.pipelined else sampling + self.learner)
 
 
 def num_rollouts(recipe: Recipe) -> int:
@@ -68,14 +75,19 @@ def num_rollouts(recipe: Recipe) -> int:
 def step(recipe: Recipe, models: Models, gpu: Gpu, engine: Engine, response: int, network: float, node: int) -> Step:
     """One step whose responses have ``response`` tokens.
 
-    ``network``: bytes a second between nodes; ``node``: GPUs of a node, among which learner ranks are quicker.
+    ``gpu``: of each actor, CPU where the recipe asks for none; ``network``: bytes a second between nodes; ``node``:
+    GPUs of a node, among which learner ranks are quicker.
     """
     prompt = recipe.prompts.max_tokens
     return Step(
         rollout=_rollout(recipe, models.policy, gpu, engine, prompt, response),
-        reward=_reward(recipe, models.reward, gpu, prompt + response),
+        scores=[
+            _scores(recipe, scoring, shape, gpu, prompt + response)
+            for scoring, shape in zip(scorings(recipe), models.reward, strict=True)
+        ],
         learner=_learner(recipe, models, gpu, prompt, response, NODE_LINK if recipe.learner.ranks <= node else network),
         weights=transfer_bytes(recipe, models.policy) / network,
+        pipelined=recipe.rollout.max_staleness > 0,
     )
 
 
@@ -90,24 +102,20 @@ def _rollout(recipe: Recipe, policy: ModelShape, gpu: Gpu, engine: Engine, promp
     together = max(1, min(share, engine.in_flight))
     read = width * (policy.parameters + together * (prompt + response / 2) * policy.kv_elements)
     multiply = policy.forward_flops(together, prompt + response, head=True)
-    gpus = rollout.gpus_per_actor
+    gpus = max(1, rollout.gpus_per_actor)
     token = max(read / (gpus * gpu.bandwidth * DECODING), multiply / (gpus * gpu.flops * FORWARD))
     prefill = policy.forward_flops(share * prompt, prompt, head=False) / (gpus * gpu.flops * FORWARD)
     return share / together * response * token + prefill
 
 
-def _reward(recipe: Recipe, models: list[ModelShape | None], gpu: Gpu, length: int) -> float:
-    """Of the slowest, for they work side by side. What does not run on GPUs has no known rate, and counts as none."""
-    seconds = 0.0
-    for scoring, shape in zip(scorings(recipe), models, strict=True):
-        reward = scoring.reward
-        if isinstance(reward, FunctionReward) or shape is None or reward.gpus_per_worker == 0:
-            continue
-        read = min(length, reward.max_tokens)
-        judges = isinstance(reward, LogRatioReward)
-        flops = shape.forward_flops(num_rollouts(recipe) * read, read, head=judges)
-        seconds = max(seconds, flops / (reward.workers * reward.gpus_per_worker * gpu.flops * FORWARD))
-    return seconds
+def _scores(recipe: Recipe, scoring: Scoring, shape: ModelShape | None, gpu: Gpu, length: int) -> float:
+    """What is a function, or runs without a GPU where others have one, has no known rate, and counts as none."""
+    reward = scoring.reward
+    if isinstance(reward, FunctionReward) or shape is None or (reward.gpus_per_worker == 0 and gpu is not CPU):
+        return 0.0
+    read = min(length, reward.max_tokens)
+    flops = shape.forward_flops(num_rollouts(recipe) * read, read, head=isinstance(reward, LogRatioReward))
+    return flops / (reward.workers * max(1, reward.gpus_per_worker) * gpu.flops * FORWARD)
 
 
 def _learner(recipe: Recipe, models: Models, gpu: Gpu, prompt: int, response: int, link: float) -> float:

@@ -35,6 +35,11 @@ class Scoring:
     causes: dict[int, str] = field(default_factory=dict)  # by row
     lost: bool = False  # the shard is gone
 
+    @property
+    def unknown(self) -> int:
+        """Rows that have neither a score nor a cause."""
+        return int(np.isnan(self.scores).sum()) - len(self.causes)
+
 
 @dataclass
 class _Call:
@@ -43,23 +48,25 @@ class _Call:
     attempts: int  # made before this one
     worker: "_Worker"
     alone: bool = False
+    tokens: int = 0
 
-    @property
-    def tokens(self) -> int:
-        return int(self.scoring.tokens[self.rows].sum())
+    def __post_init__(self) -> None:
+        self.tokens = int(self.scoring.tokens[self.rows].sum())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     actor: Any
     started: Any  # reference to what `ready` returns
     calls: dict[Any, _Call] = field(default_factory=dict)  # by reference to their result, oldest first
     heard_at: float = 0.0  # its last answer, or the call that ended its idleness
     is_ready: bool = False
+    tokens: int = 0  # of its calls
 
-    @property
-    def tokens(self) -> int:
-        return sum(call.tokens for call in self.calls.values())
+    def answered(self, ref: Any) -> _Call:
+        call = self.calls.pop(ref)
+        self.tokens -= call.tokens
+        return call
 
 
 class RewardPool:
@@ -92,10 +99,9 @@ class RewardPool:
             "max_concurrency": self.calls_at_once,
             "runtime_env": {"env_vars": engine_env(gpus)} if isinstance(reward, LogRatioReward) else None,
         }
-        remote: Any = ray.remote(RewardWorker)
-        self.new_actor = lambda number: remote.options(
-            **options, **placement.options(f"reward {label}", number)
-        ).remote(scorer, policy_tokenizer, prompts, ordered)
+        self.placement = placement
+        arguments = (scorer, policy_tokenizer, prompts, ordered)
+        self.new_actor = lambda number: placement.start(f"reward {label}", number, RewardWorker, options, *arguments)
         self.workers = [self._start(number) for number in range(reward.workers)]
 
     def _start(self, number: int) -> _Worker:
@@ -108,25 +114,30 @@ class RewardPool:
     def submit(self, shard: Any, tokens: Int64) -> Scoring:
         """Sends a reference to a shard whose rows have so many ``tokens`` to a worker."""
         scoring = Scoring(shard, tokens, np.full(len(tokens), np.nan))
-        self._take_answers(0.0)
+        self._take_answers([next(iter(worker.calls)) for worker in self.workers if worker.calls], 0.0)
         self._call(scoring, list(range(len(tokens))), 0, None)
         return scoring
 
-    def known(self, scoring: Scoring) -> int:
-        """How many of its rows have a score or a cause by now."""
-        self._take_answers(0.0)
-        return len(scoring.scores) - self._unknown(scoring)
+    def known(self, scorings: list[Scoring]) -> int:
+        """How many of their rows have a score or a cause by now."""
+        self._take_answers(self._asked(), 0.0)
+        return sum(len(scoring.scores) - scoring.unknown for scoring in scorings)
 
-    def _unknown(self, scoring: Scoring) -> int:
-        return int(np.isnan(scoring.scores).sum()) - len(scoring.causes)
+    def _asked(self) -> list[Any]:
+        return [ref for worker in self.workers for ref in worker.calls]
 
     def collect(self, scorings: list[Scoring]) -> None:
         """Returns when each row of these has a score or a cause."""
-        self._take_answers(0.0)
-        while any(self._unknown(scoring) for scoring in scorings):
-            self._ask_suspects(scorings)
+        self._take_answers(self._asked(), 0.0)
+        left = list(scorings)
+        while left:
+            if not left[-1].unknown:
+                left.pop()
+                continue
+            self._ask_suspects(left)
             busy = [worker for worker in self.workers if worker.calls]
-            self._take_answers(max(0.0, min(self._deadline(worker) for worker in busy) - time.monotonic()))
+            deadline = min(self._deadline(worker) for worker in busy)
+            self._take_answers(self._asked(), max(0.0, deadline - time.monotonic()))
             for worker in busy:
                 if worker.calls and self._deadline(worker) <= time.monotonic():
                     self._replace(worker, f"it gave no answer for {self.timeout_s:g} s")
@@ -149,6 +160,7 @@ class RewardPool:
             worker.heard_at = time.monotonic()
         ref = worker.actor.score.remote(call.scoring.shard, call.rows)
         worker.calls[ref] = call
+        worker.tokens += call.tokens
         if self.timeline is not None:
             row = f"reward {self.label} {self.workers.index(worker)}"
             self.timeline.follow(ref, row, f"{len(call.rows)} samples")
@@ -163,9 +175,8 @@ class RewardPool:
             self.suspects = [other for other in self.suspects if other[0] is not scoring or other[1] != row]
             self._send(worker, _Call(scoring, [row], self.attempts - 1, worker, alone=True))
 
-    def _take_answers(self, timeout_s: float) -> None:
-        """All that have come; waits for the first of them."""
-        refs = [ref for worker in self.workers for ref in worker.calls]
+    def _take_answers(self, refs: list[Any], timeout_s: float) -> None:
+        """Those of these calls that have come; waits for the first of them."""
         if not refs:
             return
         done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
@@ -182,11 +193,11 @@ class RewardPool:
                     self._replace(worker, f"it died: {error}")
                     continue
                 # Not the worker's own death, but that of the actor whose shard it was to read.
-                call = worker.calls.pop(ref)
+                call = worker.answered(ref)
                 call.scoring.lost = True
                 call.scoring.causes |= dict.fromkeys(call.rows, "its shard was lost with a node")
                 continue
-            call = worker.calls.pop(ref)
+            call = worker.answered(ref)
             worker.heard_at, worker.is_ready = time.monotonic(), True
             call.scoring.scores[call.rows] = scores
             self._failed(call, causes)
@@ -200,7 +211,7 @@ class RewardPool:
 
     def _replace(self, worker: _Worker, why: str) -> None:
         """Another actor takes the place of one that is lost. It was at its oldest calls; the others only waited."""
-        ray.kill(worker.actor)  # one that hangs still has its GPUs
+        self.placement.kill(worker.actor)  # one that hangs still has its GPUs
         if not self._is_ready(worker):
             if self.restarts_left == 0:
                 raise ActorDiedError(f"{self.name}: one was lost before it was ready: {why}")
@@ -226,4 +237,4 @@ class RewardPool:
 
     def close(self) -> None:
         for worker in self.workers:
-            ray.kill(worker.actor)
+            self.placement.kill(worker.actor)

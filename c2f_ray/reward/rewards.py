@@ -76,10 +76,9 @@ class Rewards:
     def ready(self, asked: list[_Asked]) -> float:
         """The share of their scores that are known by now."""
         known = [
-            pool.known(scoring)
-            for shard in asked
-            for pools, scorings in zip(self.pools.values(), shard.scorings, strict=True)
-            for (_, _, pool), scoring in zip(pools, scorings, strict=True)
+            pool.known([shard.scorings[number][position] for shard in asked])
+            for number, pools in enumerate(self.pools.values())
+            for position, (_, _, pool) in enumerate(pools)
         ]
         return sum(known) / (sum(len(shard.finished) for shard in asked) * len(self._all()))
 

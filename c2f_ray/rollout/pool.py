@@ -53,11 +53,10 @@ class RolloutPool:
         self.start_timeout_s = recipe.cluster.start_timeout_s
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
         self.restarts_left = recipe.cluster.max_restarts
-        remote: Any = ray.remote(RolloutActor)
-        self.new_actor = lambda number: remote.options(**options, **placement.options("rollout", number)).remote(
-            recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format
-        )
         self.is_up = False  # every actor was ready once
+        self.placement = placement
+        arguments = (recipe.policy, rollout, prompt_tokens, max_model_tokens, load_format)
+        self.new_actor = lambda number: placement.start("rollout", number, RolloutActor, options, *arguments)
         self.actors = [self.new_actor(number) for number in range(rollout.actors)]
         self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
 
@@ -87,7 +86,7 @@ class RolloutPool:
         self.restarts_left -= 1
         if self.timeline is not None:
             self.timeline.note(f"rollout actor {number} is replaced: {cause}")
-        ray.kill(self.actors[number])  # one that hangs still has its GPUs
+        self.placement.kill(self.actors[number])  # one that hangs still has its GPUs
         self.actors[number] = self.new_actor(number)
         self.starting[number] = self.actors[number].ready.remote()
 
@@ -132,6 +131,7 @@ class RolloutPool:
         stopped = False
         deadline = time.monotonic() + self.timeout_s
         streams: dict[Any, _Stream] = {}
+        ready: list[Any] = []  # of them, those that have something to read
         owed: list[list[RolloutRequest]] = split(requests, len(self.actors))  # not yet given to an actor
         while streams or any(owed):
             for part in filter(None, owed):
@@ -153,7 +153,7 @@ class RolloutPool:
                     _internal_kv_put(stop_key, b"")
                     stopped = True
                 left_s = min(left_s, LOOK_EVERY_S)
-            ready, _ = ray.wait(list(streams), timeout=left_s, fetch_local=False)
+            ready = [key for key in ready if key in streams] or _with_something(streams, left_s)
             if not ready and time.monotonic() < deadline:
                 continue
             if not ready:
@@ -168,7 +168,7 @@ class RolloutPool:
                     owed += self._give_up(number, streams, silent)
                 deadline = time.monotonic() + self.timeout_s
                 continue
-            key: Any = ready[0]
+            key = ready.pop()
             stream = streams[key]
             try:
                 reference = next(key, None)
@@ -215,7 +215,7 @@ class RolloutPool:
 
     def close(self) -> None:
         for actor in self.actors:
-            ray.kill(actor)
+            self.placement.kill(actor)
 
 
 def _died(ref: Any) -> bool:
@@ -227,6 +227,13 @@ def _died(ref: Any) -> bool:
     except GetTimeoutError:
         return False
     return False
+
+
+def _with_something(streams: dict[Any, "_Stream"], timeout_s: float) -> list[Any]:
+    """All streams that have something to read; waits for the first of them."""
+    keys = list(streams)
+    ready, _ = ray.wait(keys, num_returns=len(keys), timeout=0, fetch_local=False)
+    return ready or ray.wait(keys, timeout=timeout_s, fetch_local=False)[0]
 
 
 class _Stream:

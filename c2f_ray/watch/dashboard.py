@@ -64,7 +64,8 @@ def frame(folder: Path, recipe: Recipe, now: float) -> RenderableType:
     shown = last_steps([span for span in spans if span.step is not None], STEPS_SHOWN)
     until = max((span.ended or now for span in shown), default=now) if over else now
     if shown:
-        parts.append(_timeline(shown, until))
+        began = min(span.began for span in shown)
+        parts.append(timeline_table(shown, until, f"{_clock(began)} to {_clock(until)}"))
     if lines:
         parts.append(_curves(lines))
     parts.append(_roles(recipe, shown, [] if over else spans, until))
@@ -96,7 +97,7 @@ def _head(spans: Sequence[Span], lines: Sequence[MetricsLine], state: str) -> Ta
     return table
 
 
-def _timeline(spans: Sequence[Span], until: float) -> Table:
+def timeline_table(spans: Sequence[Span], until: float, label: str) -> Table:
     """One row for each role: where it is at work, a character is filled."""
     began = min(span.began for span in spans)
     cell = max(until - began, 1e-6) / WIDTH
@@ -110,7 +111,7 @@ def _timeline(spans: Sequence[Span], until: float) -> Table:
             bar += "█" if covered >= cell / 2 else "▏" if covered > 0 else "·"
         doing = next((span for span in mine if span.ended is None), None)
         table.add_row(row, Text(bar), "" if doing is None else f"{doing.name}, {until - doing.began:.0f} s")
-    table.add_row("", Text(f"{_clock(began)} to {_clock(until)}", style="dim"))
+    table.add_row("", Text(label, style="dim"))
     return table
 
 

@@ -1,17 +1,19 @@
 """The `gloo` backend of vLLM's weight transfer: engines on CPUs get weights by the code path of engines on GPUs.
 
 vLLM loads `register` in each of its processes, through the entry-point group `vllm.general_plugins`.
-Invariant: both sides cut the manifest into the same buckets, so that the n-th broadcast means the same tensors.
+Invariants: both sides cut the manifest into the same buckets, so that the n-th broadcast means the same tensors; while
+one bucket is on its way the sender gathers and packs the next, and engines load the one before.
 """
 
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import cycle
 from typing import Any, ClassVar, Self
 
 import torch
@@ -105,18 +107,23 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         model: Any = self.model
         loaded: set[str] = set()
         buckets = list(_buckets(update_info.manifest(), self.info.packed_buffer_size_bytes))
-        for number, bucket in enumerate(buckets, start=1):
-            # A new buffer each time: a fused layer keeps its parts until the last one comes, perhaps two buckets on.
-            buffer = torch.empty(sum(map(_bytes, bucket)), dtype=torch.uint8)
-            what = f"bucket {number} of {len(buckets)} from {self.info.master_address}:{self.info.master_port}"
-            _broadcast(self.group, buffer, deadline, what)
-            parts = buffer.split([_bytes(tensor) for tensor in bucket])
+        coming = self._receive(buckets, 0, deadline)
+        for number, bucket in enumerate(buckets):
+            parts = coming().split([_bytes(tensor) for tensor in bucket])
+            if number + 1 < len(buckets):
+                coming = self._receive(buckets, number + 1, deadline)
             loaded |= model.load_weights(
                 (tensor.name, part.view(tensor.dtype).view(tensor.shape))
                 for tensor, part in zip(bucket, parts, strict=True)
             )
         if missing := sorted(self.expected - loaded):
             raise WeightMismatchError(f"the learner's model has no weights for the engine's {', '.join(missing)}")
+
+    def _receive(self, buckets: list[list[ParamMeta]], number: int, deadline: float) -> Callable[[], Tensor]:
+        # A new buffer each time: a fused layer keeps its parts until the last one comes, perhaps two buckets on.
+        buffer = torch.empty(sum(map(_bytes, buckets[number])), dtype=torch.uint8)
+        what = f"bucket {number + 1} of {len(buckets)} from {self.info.master_address}:{self.info.master_port}"
+        return _begin_broadcast(self.group, buffer, deadline, what)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -176,14 +183,23 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     def _broadcast_all(self) -> None:
         deadline = time.monotonic() + self.info.timeout_s
         stream = iter(self.weights)
-        for bucket in _buckets(self.manifest, self.info.packed_buffer_size_bytes):
-            tensors = []
+        sent: Callable[[], Tensor] | None = None
+        buckets = list(_buckets(self.manifest, self.info.packed_buffer_size_bytes))
+        size = max(sum(map(_bytes, bucket)) for bucket in buckets)
+        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]  # one is sent as the other is filled
+        for bucket, buffer in zip(buckets, cycle(buffers), strict=False):
+            packed = 0
             for expected, (name, tensor) in zip(bucket, stream, strict=False):
                 if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
                     raise WeightMismatchError(f"the manifest says {expected}, the source gave {name} {tensor.shape}")
-                tensors.append(tensor.reshape(-1).view(torch.uint8))
-            buffer = torch.cat(tensors).cpu()
-            _broadcast(self.group, buffer, deadline, f"the engines to take {len(bucket)} tensors from {bucket[0].name}")
+                buffer[packed : packed + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+                packed += tensor.nbytes
+            if sent is not None:
+                sent()
+            what = f"the engines to take {len(bucket)} tensors from {bucket[0].name}"
+            sent = _begin_broadcast(self.group, buffer[:packed], deadline, what)
+        if sent is not None:
+            sent()
         if (extra := next(stream, None)) is not None:  # also lets the source leave its last layer
             raise WeightMismatchError(f"the source gave {extra[0]}, which is not in the manifest")
 
@@ -206,13 +222,20 @@ def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> Any:
         return gloo(store, rank, info.world_size, options)
 
 
-def _broadcast(group: Any, buffer: Tensor, deadline: float, what: str) -> None:
-    """From rank 0, in place."""
+def _begin_broadcast(group: Any, buffer: Tensor, deadline: float, what: str) -> Callable[[], Tensor]:
+    """From rank 0, in place. What it returns waits until the buffer has been sent, or is full, and returns it."""
     options = BroadcastOptions()
     options.rootRank = 0
     options.timeout = timedelta(seconds=max(0.001, deadline - time.monotonic()))
     with _gloo_errors(what):
-        group.broadcast([buffer], options).wait()
+        work = group.broadcast([buffer], options)
+
+    def finish() -> Tensor:
+        with _gloo_errors(what):
+            work.wait()
+        return buffer
+
+    return finish
 
 
 @contextmanager

@@ -170,6 +170,12 @@ def test_seconds_by_hand():
     assert found.seconds == pytest.approx(max(found.rollout, found.reward) + found.learner + found.weights)
 
 
+def test_seconds_where_the_next_step_is_sampled_beside_the_learner():
+    pipelined = planned(seed("mistral_7b_remax", "rollout.max_staleness=1", "learner.importance_clip=2.0")).steps[384]
+    assert pipelined.learner > pipelined.reward > pipelined.rollout
+    assert pipelined.seconds == pytest.approx(pipelined.learner + pipelined.weights)
+
+
 def test_a_longer_limit_costs_more():
     found = planned(seed("mistral_c2f"))
     start, longest = found.steps[384], found.steps[3072]
