@@ -170,8 +170,8 @@ def make_world(lengths: list[int], limit: int) -> None:
     # A response of some length starts with the number one less: its last token is the end of the text.
     starts = [min(length, numbers) - 1 for length in lengths]
     tokenizer = make_tokenizer(numbers)
-    tokenizer.save_pretrainedPath("model")
-    make_model(tokenizer, numbers, starts).save_pretrainedPath("model")
+    tokenizer.save_pretrained("model")
+    make_model(tokenizer, numbers, starts).save_pretrained("model")
     generator = np.random.default_rng(SEED)
     prompts = []
     for i in range(32 * PROMPTS_PER_STEP):
