@@ -11,6 +11,8 @@ word of a response; a class's own is the most likely, so that greedy responses h
 From a number the model counts down to the end of the text. Nothing else in either program knows of lengths: attention
 and MLPs are computed, and their outputs' weights are zero.
 
+TRL generates with transformers' `generate`, in one process with a thread for each core.
+
 A step's seconds are those from one optimizer step to the next. Start, the first steps and the last are left out.
 TRL 1.16.0 is taken from TRL_PYTHON, or installed into `.cache/trl` beside the packages of this environment.
 """
@@ -100,7 +102,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from even_numbers import trl_score
 
-settings, continuous, steps, threads = json.loads(sys.argv[1])
+settings, steps, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 lines, lengths, seconds = [], [], defaultdict(float)
 
@@ -147,7 +149,6 @@ class Steps(TrainerCallback):
         lengths.clear()
 
 
-generation = {"use_transformers_continuous_batching": True} if continuous else {}
 trainer = Timed(
     model=AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32),
     processing_class=AutoTokenizer.from_pretrained("model"),
@@ -156,7 +157,7 @@ trainer = Timed(
     args=RLOOConfig(
         "trl", max_steps=steps, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-        num_generations=2, temperature=1.0, top_p=1.0, beta=0.0, lr_scheduler_type="constant", **settings, **generation,
+        num_generations=2, temperature=1.0, top_p=1.0, beta=0.0, lr_scheduler_type="constant", **settings,
     ),
     callbacks=[Steps()],
 )
@@ -293,7 +294,7 @@ def run_ours(folder: Path, limit: int, *settings: str) -> list[dict[str, Any]]:
     return lines
 
 
-def run_trl(python: str, folder: Path, limit: int, continuous: bool = False) -> list[dict[str, Any]]:
+def run_trl(python: str, folder: Path, limit: int) -> list[dict[str, Any]]:
     settings = {
         "per_device_train_batch_size": TRL_BATCH,
         "gradient_accumulation_steps": 2 * PROMPTS_PER_STEP // TRL_BATCH,
@@ -305,7 +306,7 @@ def run_trl(python: str, folder: Path, limit: int, continuous: bool = False) -> 
         "max_grad_norm": OPTIMIZER["max_grad_norm"],
         "seed": SEED,
     }
-    told = json.dumps([settings, continuous, STEPS, os.cpu_count()])
+    told = json.dumps([settings, STEPS, os.cpu_count()])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(
         [python, "-c", TRL, told], stdout=subprocess.PIPE, text=True, env=environment, cwd=folder, check=True
