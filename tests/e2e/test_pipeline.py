@@ -57,7 +57,8 @@ def partial(run: Path) -> Path:
     """Four engine slots for sixteen samples a step; of its prompts half are waited for."""
     settings = [
         *SETTINGS, "run.name=partial", "run.steps=5", "rollout.max_staleness=2", "rollout.in_flight=continue",
-        "rollout.wait_for=0.5", "rollout.max_num_seqs=4", "length={rule: fixed, max_tokens: 96}",
+        "rollout.wait_for=0.5", "rollout.max_num_seqs=4", "rollout.shard_samples=2",
+        "length={rule: fixed, max_tokens: 96}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parents[1])
