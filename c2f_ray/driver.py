@@ -316,7 +316,7 @@ class Training:
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
             "reward/dropped": rollouts.dropped,
-            "reward/ready": rollouts.ready,
+            "time/scores_ready": rollouts.ready,
             **{f"rewards/{name}": value for name, value in rollouts.parts.items()},
             "prompts/left": len(rollouts.carried),
             "length/limit": rollouts.limit,

@@ -33,7 +33,7 @@ CURVES = [
     ("length/truncated", "truncated", "{:.0%}"),
     ("kl/sequence", "KL, nats", "{:.3g}"),
     ("time/samples_per_s", "samples/s", "{:.1f}"),
-    ("reward/ready", "scores in time", "{:.0%}"),
+    ("time/scores_ready", "scores in time", "{:.0%}"),
 ]
 
 

@@ -23,7 +23,7 @@ SETTINGS = [
     "reward.workers=2", "cluster.max_restarts=60",
 ]  # fmt: skip
 SOAK_SEED, SOAK_KILLS = 20, 20
-FROM_THE_ENGINE = ("logprob_gap/", "importance/", "reward/ready")
+FROM_THE_ENGINE = ("logprob_gap/", "importance/")
 
 
 @pytest.fixture(scope="module")

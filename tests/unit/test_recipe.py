@@ -216,4 +216,4 @@ def test_sampling_ahead_needs_the_correction_for_it():
     with pytest.raises(RecipeError, match=r"run.deterministic: true with rollout.in_flight: continue .* on time"):
         load_recipe(CONFIGS / "tiny.yaml", *ahead, "rollout.in_flight=continue", "run.deterministic=true")
     with pytest.raises(RecipeError, match="1 with rejection_sampling has no meaning"):
-        load_recipe(CONFIGS / "tiny_rejection_sampling.yaml", ahead)
+        load_recipe(CONFIGS / "tiny_rejection_sampling.yaml", ahead[0])
