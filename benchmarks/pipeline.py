@@ -15,7 +15,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import chdir, closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,7 @@ def heap() -> dict[str, Any]:
 
 def demo() -> dict[str, Any]:
     """The real engines on the demo's recipe: what of a step is none of generation, scoring, learning and transfer."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
         build_world(Path(".cache/tiny"), effort="smoke")
         lines = read_metrics(train(load_recipe(CONFIG, "run.steps=8")) / "metrics.jsonl")[1:]
     shares = [(line["time/other_s"] or 0.0) / (line["time/step_s"] or 1.0) for line in lines]
@@ -309,15 +308,15 @@ def goals(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 def main() -> None:
     wanted = sys.argv[1:] or list(PARTS)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    found = {name: found[name] for name in PARTS if name in found and name not in wanted}
+    found["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version()}
     os.environ["RAY_ADDRESS"] = "local"
-    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     for name in wanted:
+        began = time.monotonic()
+        ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
         found[name] = PARTS[name]()
-    ray.shutdown()
-    found = {"machine": {"cpus": os.cpu_count(), "python": platform.python_version()}} | found
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+        ray.shutdown()
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{name}, {time.monotonic() - began:.0f} s:", json.dumps(found[name], indent=1), flush=True)
     for what, value, good in goals(found):
         print(f"goal {what}: {value} {'ok' if good else 'missed'}")
 

@@ -9,11 +9,10 @@ import copy
 import json
 import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ from ray.exceptions import ObjectLostError, RayTaskError
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
 from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
-from c2f_ray.data.prompts import draw, request_seed
 from c2f_ray.data.texts import save_trajectories, unscored_path
-from c2f_ray.data.trajectory import Bool, Float32, Int64, TrajectoryInfo
 from c2f_ray.errors import (
     ActorDiedError,
     BadRewardError,
@@ -41,9 +38,9 @@ from c2f_ray.placement import Placement, reserved
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearner
-from c2f_ray.reward.rewards import Rewards, ScoredShard
-from c2f_ray.rollout.actor import Begun, RolloutRequest
+from c2f_ray.reward.rewards import Rewards
 from c2f_ray.rollout.pool import RolloutPool
+from c2f_ray.sampling import Carried, Learning, Rollouts, Sampler
 from c2f_ray.session import ray_session, train_needs, train_roles
 from c2f_ray.stopping import Stopping
 from c2f_ray.timeline import Timeline
@@ -52,33 +49,6 @@ from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A prompt whose samples a step did not wait for; the next one finishes them."""
-
-    row: int
-    epoch: int
-    begun: dict[int, Begun]  # by number among the prompt's samples; sampled from the start where there is none
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """A step's trajectories, scored: `info` and `rewards` have one entry for each that has a reward, by sample id."""
-
-    step: int
-    shards: list[Any]  # references, in order of arrival
-    scored: list[ScoredShard]  # of each shard
-    info: TrajectoryInfo
-    rewards: Float32
-    parts: dict[str, float]  # mean of each reward of a sum, over the sampled ones
-    limit: int  # of their length, in tokens
-    dropped: int  # trajectories without a reward, or without the greedy one to compare it with
-    ready: float  # share of the scores that were there when the last rollout was
-    left: dict[int, dict[int, Begun]] = field(default_factory=dict)  # what waits for the next step, by prompt number
-    position: int = 0  # prompts drawn since the start of the run, with theirs
-    carried: list[Carried] = field(default_factory=list)  # the same, as the next step takes it
 
 
 def train(recipe: Recipe, *, fresh: bool = False) -> Path:
@@ -111,9 +81,9 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
         progress.stage("starting the actors")
         placement = stack.enter_context(reserved(train_roles(recipe), recipe.cluster))
         with timeline.span("driver", 0, "starting the actors"):
-            training = training_of(recipe.learner)(recipe, folder, checked, stack, timeline, placement)
+            training = training_of(recipe.learner)(recipe, folder, checked, stack, timeline, placement, progress)
         del checked  # from here on the prompts' tokens are in the object store alone
-        training.run(progress, log)
+        training.run(log)
     return folder
 
 
@@ -136,17 +106,16 @@ class Training:
         stack: ExitStack,
         timeline: Timeline,
         placement: Placement,
+        progress: Progress,
     ) -> None:
         self.recipe = recipe
         self.placement = placement
         self.timeline = timeline
+        self.progress = progress
         self.folder = folder
-        self.greedy_rollouts = isinstance(recipe.learner, ReMaxLearner)
         self.total_steps = checked.total_steps
         prompts = checked.prompts if checked.heldout is None else checked.prompts + checked.heldout
-        self.prompt_ids = prompts.ids
-        self.num_prompts = len(checked.prompts)  # those to train on come first
-        self.groups = checked.groups
+        self.heldout = range(len(checked.prompts), len(prompts))  # those to train on come first
         self.prompts_dropped = checked.prompts.num_dropped
         self.template = checked.template
         self.prompts = ray.put(prompts)
@@ -178,6 +147,16 @@ class Training:
                 )
             )
         )
+        self.sampler = Sampler(
+            recipe,
+            prompts.ids,
+            checked.groups,
+            self.greedy_rollouts,
+            self.rollouts,
+            self.rewards,
+            self.revive,
+            self.timed,
+        )
         self.learner = LearnerGroup(recipe, checked.total_steps, placement)
         stack.callback(lambda: self.learner.close())  # whichever it is then
         self.connected: list[Any] = []  # the rollout actors that are in the learner's transfer group
@@ -186,50 +165,55 @@ class Training:
         self.rollouts.wait_until_ready()
         self.rewards.wait_until_ready()
 
-    def run(self, progress: Progress, log: MetricsLog) -> None:
+    @property
+    def greedy_rollouts(self) -> bool:
+        """Whether each prompt also gets a greedy rollout, whose reward is its baseline."""
+        return isinstance(self.recipe.learner, ReMaxLearner)
+
+    def run(self, log: MetricsLog) -> None:
         if self.resume:
-            progress.stage("loading the checkpoint")
+            self.progress.stage("loading the checkpoint")
             self.learner.load(self.resume.folder)
         lost: StepLostError | None = None
         done = False
         while not done:
             try:
                 if lost:
-                    self.restart_learner(lost, progress, log)
+                    self.restart_learner(lost, log)
                     lost = None
                 self.stopping.release()
                 self.send_weights()
-                self.begin(progress)
+                self.begin()
                 while not self.finished():
-                    metrics = self.step(progress)
+                    metrics = self.step()
                     log.write(metrics)
-                    progress.step(metrics)
+                    self.progress.step(metrics)
                     self.unsaved = copy.deepcopy(self.state)
                     if self.state.step % self.recipe.checkpoints.every_steps == 0 or self.finished():
-                        progress.stage("checkpoint")
+                        self.progress.stage("checkpoint")
                         with self.timeline.span("driver", self.state.step, "checkpoint"):
                             self.checkpoint()
                     self.stopping.release()
-                self.end(progress)
+                self.end()
                 done = True
             except StepLostError as error:
                 lost, self.unsaved = error, None
             except KeyboardInterrupt:
-                self.stop(progress)
+                self.stop()
                 raise
 
-    def stop(self, progress: Progress) -> None:
+    def stop(self) -> None:
         """Leaves a checkpoint of the last whole step; what was under way of the next one is given up."""
         if self.unsaved:
-            progress.stage("checkpoint")
+            self.progress.stage("checkpoint")
             self.state = self.unsaved
             self.checkpoint()
-        progress.note(
+        self.progress.note(
             f"stopped after step {self.state.step} of {self.total_steps}"
             + ("; the same command goes on from there" if self.state.step else "")
         )
 
-    def restart_learner(self, lost: StepLostError, progress: Progress, log: MetricsLog) -> None:
+    def restart_learner(self, lost: StepLostError, log: MetricsLog) -> None:
         """A new learner goes on from the newest checkpoint; engines and reward workers stay."""
         if self.learner_restarts_left == 0:
             raise lost
@@ -241,7 +225,7 @@ class Training:
         self.state = checkpoint.state if checkpoint else first_state(self.recipe)
         self.carried = [Carried(row, epoch, {}) for row, epoch in self.state.carried]
         for note in [str(lost), *notes, f"the learner starts again; the run goes on after step {self.state.step}"]:
-            progress.note(note)
+            self.progress.note(note)
         log.go_back(self.state.step)
         self.learner = LearnerGroup(self.recipe, self.total_steps, self.placement)
         self.connected = []
@@ -274,22 +258,22 @@ class Training:
         self.rollouts.wait_until_ready()
         self.send_weights()
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self) -> None:
         """Before the first step, with the engines' weights in place."""
 
     def finished(self) -> bool:
         return self.state.step >= self.total_steps
 
-    def end(self, progress: Progress) -> None:
-        progress.stage("exporting the coarse actor")
+    def end(self) -> None:
+        self.progress.stage("exporting the coarse actor")
         self.learner.export(self.folder / "coarse", self.template)
 
-    def step(self, progress: Progress) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
         """One step, as in the module's first line. Returns its metrics."""
         began = time.perf_counter()
         self.seconds = {}
         state = self.state
-        rollouts = self.ahead or self.roll_out_step(state.step + 1, state.position, self.carried, progress)
+        rollouts = self.ahead or self.roll_out(state.step + 1, state.position, self.carried)
         self.admit(rollouts)
 
         batch = self.update_batch(rollouts)
@@ -297,8 +281,12 @@ class Training:
         self.start_learning(rollouts, batch)
         self.ahead, self.learned = None, None
         if self.recipe.rollout.max_staleness and self.state.step + 1 < self.total_steps:
-            self.ahead = self.roll_out_step(rollouts.step + 1, rollouts.position, rollouts.carried, progress, rollouts)
-        learned = self.learned or self.finish_learning(rollouts, progress)
+            learning = Learning(self.has_learned, lambda: self.finish_learning(rollouts))
+            self.ahead = self.roll_out(rollouts.step + 1, rollouts.position, rollouts.carried, learning)
+        if self.learned is None:
+            self.finish_learning(rollouts)
+        learned = self.learned
+        assert learned is not None
         self.state.position, self.carried = rollouts.position, rollouts.carried
         self.state.carried = [[carried.row, carried.epoch] for carried in rollouts.carried]
 
@@ -351,14 +339,13 @@ class Training:
         self.updating = self.learner.start_update(rollouts.shards, batch)
         self.timeline.span_of_call(self.updating.refs[0], "learner", rollouts.step)  # the ranks end together
 
-    def finish_learning(self, rollouts: Rollouts, progress: Progress) -> dict[str, float]:
-        """Waits for the update of these, and sends the new weights. Returns the update's metrics."""
-        with self.timed("learner", progress):
+    def finish_learning(self, rollouts: Rollouts) -> None:
+        """Waits for the update of these, and sends the new weights."""
+        with self.timed("learner"):
             self.learned = self.learn(rollouts)
-        with self.timed("weights", progress, self.state.step + 1):
+        with self.timed("weights", self.state.step + 1):
             self.state.weight_version += 1
             self.send_weights()
-        return self.learned
 
     def has_learned(self) -> bool:
         refs = self.updating.refs
@@ -404,175 +391,16 @@ class Training:
         sampled = ~info.greedy
         baseline = None
         if self.greedy_rollouts:
-            prompt = self.prompt_number(info)
+            prompt = self.sampler.prompt_number(info)
             greedy = dict(zip(prompt[~sampled].tolist(), rewards[~sampled].tolist(), strict=True))
             baseline = np.array([greedy[number] for number in prompt[sampled].tolist()], np.float32)
         return UpdateBatch(info.sample_id[sampled], rewards[sampled], baseline)
 
-    def roll_out_step(
-        self,
-        step: int,
-        position: int,
-        carried: list[Carried],
-        progress: Progress,
-        learning: Rollouts | None = None,
-    ) -> Rollouts:
-        """The rollouts of a step whose prompts begin at ``position``, and of those that the last one left to it.
-
-        ``learning`` is the step whose update is under way.
-        """
-        recipe = self.recipe
-        count = recipe.prompts.per_step
-        if recipe.run.epochs is not None:
-            count = min(count, recipe.run.epochs * self.num_prompts - position)
-        new = draw(position, count, self.groups, recipe.run.seed, recipe.prompts.shuffle)
-        drawn = [(prompt.row, prompt.epoch) for prompt in carried] + new
-        requests = self.requests(drawn)
-        for number, prompt in enumerate(carried):
-            for sample, begun in prompt.begun.items():
-                index = number * self.per_prompt + sample
-                requests[index] = replace(requests[index], begun=begun)
-        leave = None if step == self.total_steps or recipe.rollout.wait_for == 1 else len(carried)
-        rollouts = self.roll_out(step, requests, self.state.length.tokens, progress, learning, leave)
-        left = [Carried(*drawn[number], begun) for number, begun in rollouts.left.items()]
-        return replace(rollouts, position=position + count, carried=left)
-
-    @property
-    def per_prompt(self) -> int:
-        """Requests for each prompt."""
-        return self.recipe.rollout.samples_per_prompt + self.greedy_rollouts
-
-    def prompt_number(self, info: TrajectoryInfo) -> Int64:
-        """[N] Of each trajectory's prompt among those of the step; a row may be drawn twice."""
-        return info.sample_id // self.per_prompt
-
-    def requests(self, drawn: list[tuple[int, int]]) -> list[RolloutRequest]:
-        """The requests for prompts given as (row, epoch), which the sampling seeds are made of.
-
-        Each prompt's samples and, after them, its greedy rollout where ReMax wants one.
-        """
-        samples = self.recipe.rollout.samples_per_prompt
-        return [
-            RolloutRequest(
-                sample_id=prompt * self.per_prompt + sample,
-                prompt_row=row,
-                seed=request_seed(self.recipe.run.seed, self.prompt_ids[row], epoch, sample),
-                greedy=sample == samples,
-            )
-            for prompt, (row, epoch) in enumerate(drawn)
-            for sample in range(self.per_prompt)
-        ]
-
-    def roll_out(
-        self,
-        step: int,
-        requests: list[RolloutRequest],
-        limit: int,
-        progress: Progress,
-        learning: Rollouts | None = None,
-        leave: int | None = None,
-    ) -> Rollouts:
-        """Generates and scores; a shard is sent to be scored the moment that it arrives.
-
-        ``learning`` is the step that is being learned from: with `rollout.in_flight: continue` its weights are sent as
-        soon as they are there, and samples under way go on with them. ``leave``: the last prompts are left to the next
-        step once `rollout.wait_for` of all, the first ``leave`` of them among these, are done.
-        """
-        settings = self.recipe.rollout
-        shards: list[Any] = []
-        infos: list[TrajectoryInfo] = []
-        scored: list[ScoredShard] = []
-        begun: dict[int, Begun] = {}  # by sample id: interrupted
-        undone = Counter(request.sample_id // self.per_prompt for request in requests)
-        most_undone = len(undone) - ceil(settings.wait_for * len(undone))
-        renew = learning is not None and settings.in_flight == "continue"
-
-        def enough() -> bool:
-            return leave is not None and len(undone) <= most_undone and (not undone or min(undone) >= leave)
-
-        def stop() -> bool:
-            return (renew or enough()) and (learning is None or self.has_learned())
-
-        missing, ready = requests, 1.0
-        while missing:
-            asked = []
-            while missing:
-                with self.timed("rollout", progress, step):
-                    ordered, watch = self.recipe.run.deterministic, stop if renew or leave is not None else None
-                    for shard, info in self.rollouts.generate(missing, limit, ordered, self.revive, watch):
-                        if info.interrupted.any():
-                            begun |= {
-                                sample_id: Begun(shard, row) for row, sample_id in enumerate(info.sample_id.tolist())
-                            }
-                            continue
-                        undone.subtract(self.prompt_number(info).tolist())
-                        undone = +undone
-                        shards.append(shard)
-                        infos.append(info)
-                        tokens = info.prompt_tokens + info.response_tokens
-                        asked.append(self.rewards.submit(shard, tokens, info.finished))
-                if learning is not None and renew and begun:
-                    self.finish_learning(learning, progress)
-                    renew, learning = False, None
-                missing = []
-                if begun and not enough():
-                    missing = [
-                        replace(each, begun=begun[each.sample_id]) for each in requests if each.sample_id in begun
-                    ]
-                    begun = {}
-            with self.timed("reward", progress, step):
-                ready = min(ready, self.rewards.ready(asked))
-                scored += self.rewards.collect(asked)
-            lost = {n for n, shard in enumerate(scored) if shard.lost}  # with a node, before all of it was scored
-            ids = {sample_id for n in lost for sample_id in infos[n].sample_id.tolist()}
-            missing = [request for request in requests if request.sample_id in ids]
-            undone.update(request.sample_id // self.per_prompt for request in missing)
-            shards = [shard for n, shard in enumerate(shards) if n not in lost]
-            infos = [info for n, info in enumerate(infos) if n not in lost]
-            scored = [shard for shard in scored if not shard.lost]
-        info = TrajectoryInfo.concat(infos)
-        order = np.argsort(info.sample_id)  # arrival is timing: not even the last bit of a mean may depend on it
-        if sorted([*info.sample_id.tolist(), *begun]) != [request.sample_id for request in requests]:
-            raise C2FError(f"asked for {len(requests)} samples and got {len(info)}, or some of them twice")
-        left = self.what_is_left(begun, shards, infos)
-        order = order[~np.isin(self.prompt_number(info)[order], list(left))]
-        rewards = np.concatenate([shard.rewards for shard in scored])
-        good = order[with_reward(info, self.prompt_number(info), rewards, self.greedy_rollouts)[order]]
-        sampled = good[~info.greedy[good]]
-        parts = {
-            name: float(np.concatenate([shard.parts[name] for shard in scored])[sampled].mean())
-            for name in scored[0].parts
-        }
-        rollouts = Rollouts(
-            step=step,
-            shards=shards,
-            scored=scored,
-            info=info.select(good),
-            rewards=rewards[good],
-            parts=parts,
-            limit=limit,
-            dropped=len(order) - len(good),
-            ready=ready,
-            left=left,
-        )
+    def roll_out(self, step: int, position: int, carried: list[Carried], learning: Learning | None = None) -> Rollouts:
+        limit, last = self.state.length.tokens, step == self.total_steps
+        rollouts = self.sampler.step(step, position, carried, limit, last, learning)
         self.refuse_unscored(rollouts)
         return rollouts
-
-    def what_is_left(
-        self, begun: dict[int, Begun], shards: list[Any], infos: list[TrajectoryInfo]
-    ) -> dict[int, dict[int, Begun]]:
-        """Of the prompts with an interrupted sample all samples, which are learned from together."""
-        left: dict[int, dict[int, Begun]] = {sample_id // self.per_prompt: {} for sample_id in begun}
-        done = {
-            sample_id: Begun(shard, row)
-            for shard, info in zip(shards, infos, strict=True)
-            for row, sample_id in enumerate(info.sample_id.tolist())
-            if sample_id // self.per_prompt in left
-        }
-        for sample_id, where in (begun | done).items():
-            number, sample = divmod(sample_id, self.per_prompt)
-            left[number][sample] = where
-        return left
 
     def refuse_unscored(self, rollouts: Rollouts) -> None:
         """Ends the run where the recipe does not go on without samples that got no reward, or where none did."""
@@ -606,7 +434,7 @@ class Training:
             rollouts.shards,
             [shard.columns() for shard in rollouts.scored],
             [shard.causes for shard in rollouts.scored],
-            {number * self.per_prompt + sample for number, begun in rollouts.left.items() for sample in begun},
+            rollouts.left,
             self.recipe.rollout.timeout_s,
         )
         self.saving.append(task)
@@ -620,23 +448,13 @@ class Training:
                 raise ShardsLostError(f"trajectories were lost with a node before their file was: {error}") from error
 
     @contextmanager
-    def timed(self, stage: str, progress: Progress, step: int | None = None) -> Iterator[None]:
-        """Adds to the step's seconds; with ``step`` it is also that step's span in the timeline."""
-        progress.stage(stage)
+    def timed(self, stage: str, step: int | None = None) -> Iterator[None]:
+        """A stage adds to the step's seconds; with ``step`` it is also that step's span in the timeline."""
+        self.progress.stage(stage)
         began = time.perf_counter()
         with self.timeline.span(stage, step) if step is not None else nullcontext():
             yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-
-
-def with_reward(info: TrajectoryInfo, prompt: Int64, rewards: Float32, greedy_rollouts: bool) -> Bool:
-    """Which trajectories [N] have a reward and, where there are greedy rollouts, one to compare it with."""
-    good = np.isfinite(rewards)
-    if greedy_rollouts:
-        sampled = np.unique(prompt[good & ~info.greedy])
-        greedy = np.unique(prompt[good & info.greedy])
-        good &= np.isin(prompt, np.intersect1d(sampled, greedy))
-    return good
 
 
 def first_state(recipe: Recipe) -> RunState:

@@ -11,10 +11,10 @@ import numpy as np
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
 from c2f_ray.algorithms.selection import best_of_prompt, select
-from c2f_ray.driver import Rollouts, Training
+from c2f_ray.driver import Training
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.recipe.schema import RejectionSamplingLearner
-from c2f_ray.watch.progress import Progress
+from c2f_ray.sampling import Rollouts
 
 
 class Rounds(Training):
@@ -25,7 +25,7 @@ class Rounds(Training):
         assert isinstance(self.recipe.learner, RejectionSamplingLearner)
         return self.recipe.learner
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self) -> None:
         start = self.folder / "start"
         if self.settings.restart_from == "start" and not start.is_dir():
             partial = start.with_name("start.partial")
@@ -33,7 +33,7 @@ class Rounds(Training):
             self.learner.save(partial)
             partial.rename(start)
         if not self.state.heldout:
-            self.state.heldout = [self.judge(progress)["heldout/best_of_n"]]
+            self.state.heldout = [self.judge()["heldout/best_of_n"]]
 
     def finished(self) -> bool:
         return super().finished() or self.saturated()
@@ -43,32 +43,30 @@ class Rounds(Training):
         heldout = self.state.heldout
         return len(heldout) - 1 - int(np.argmax(heldout)) >= self.settings.patience
 
-    def end(self, progress: Progress) -> None:
+    def end(self) -> None:
         peak = int(np.argmax(self.state.heldout[1:])) + 1
         why = "the held-out reward no longer rises" if self.saturated() else "all rounds are done"
-        progress.note(f"{why}: round {peak} of {self.state.step} is the coarse actor")
+        self.progress.note(f"{why}: round {peak} of {self.state.step} is the coarse actor")
 
-    def step(self, progress: Progress) -> dict[str, Any]:
-        metrics = super().step(progress)
-        metrics |= self.judge(progress)
+    def step(self) -> dict[str, Any]:
+        metrics = super().step()
+        metrics |= self.judge()
         reached = metrics["heldout/best_of_n"]
         self.state.mean_reward = reached  # which checkpoint is the best is decided on the held-out prompts
         before = self.state.heldout[1:]
         self.state.heldout.append(reached)
         if not before or reached > max(before):
-            progress.stage("exporting the best round")
+            self.progress.stage("exporting the best round")
             self.learner.export(self.folder / "coarse", self.template)
         metrics["heldout/before"] = self.state.heldout[0]
         metrics["heldout/peak_round"] = int(np.argmax(self.state.heldout[1:])) + 1
         metrics["heldout/saturated"] = float(self.saturated())
         return metrics
 
-    def judge(self, progress: Progress) -> dict[str, float]:
+    def judge(self) -> dict[str, float]:
         """Samples the held-out prompts: the mean reward of all responses, and of each prompt's best."""
-        seconds = self.seconds  # of the round itself
-        requests = self.requests([(row, 0) for row in range(self.num_prompts, len(self.prompt_ids))])
-        rollouts = self.roll_out(self.state.step, requests, self.state.length.tokens, progress)
-        self.seconds = seconds
+        rollouts = self.sampler.sample(self.state.step, [(row, 0) for row in self.heldout], self.state.length.tokens)
+        self.refuse_unscored(rollouts)
         self.save(rollouts, self.folder / "trajectories" / f"heldout_{self.state.step:06d}.parquet")
         best = best_of_prompt(rollouts.info.prompt_row, rollouts.rewards, [self.recipe.run.seed])
         return {

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import Timer
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from c2f_ray.plan.clusters import Node, actors_of, place
 from c2f_ray.recipe import Recipe
 
 PROBE_S = 5.0
+GUARD_S = 90.0  # for a client to start and be refused
 TIMEOUT_S = 300.0
 
 
@@ -94,7 +96,10 @@ def guard(address: str) -> Iterator[Finding]:
     ) as process:
         assert process.stdout is not None
         words = ("JOINED", "InvalidAuthToken")
+        deadline = Timer(GUARD_S, process.kill)  # it ends the output
+        deadline.start()
         said = next((word for line in process.stdout for word in words if word in line), None)
+        deadline.cancel()
         process.kill()
     if said == "InvalidAuthToken":
         yield ok("Ray: refuses a wrong token")

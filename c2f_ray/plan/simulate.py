@@ -20,7 +20,7 @@ from rich.table import Table
 
 from c2f_ray.data.prompts import PromptSet, prompt_groups
 from c2f_ray.data.trajectory import Ragged
-from c2f_ray.driver import Rollouts, training_of
+from c2f_ray.driver import training_of
 from c2f_ray.plan.clusters import CPU
 from c2f_ray.plan.estimate import Estimate
 from c2f_ray.plan.fakes import FakeActors, FakeWork
@@ -29,6 +29,7 @@ from c2f_ray.preflight import Checked, Needs
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import FixedLength, RejectionSamplingLearner, reward_parts
 from c2f_ray.reward.rewards import scorers
+from c2f_ray.sampling import Rollouts
 from c2f_ray.session import ray_session
 from c2f_ray.timeline import Span, Timeline, read_trace, spans_of
 from c2f_ray.watch.dashboard import timeline_table
@@ -90,9 +91,9 @@ def run_on_fakes(
     base: Any = training_of(recipe.learner)
 
     class OnFakes(base):
-        def step(self, progress: Progress) -> dict[str, Any]:
+        def step(self) -> dict[str, Any]:
             began = time.time()
-            metrics = super().step(progress)
+            metrics = super().step()
             after_step(began, metrics)
             return metrics
 
@@ -104,7 +105,7 @@ def run_on_fakes(
         timeline = stack.enter_context(Timeline(folder, checked.total_steps, details=False))
         progress = Progress(checked.total_steps, Console(file=io.StringIO()))
         log = stack.enter_context(closing(MetricsLog(folder)))
-        OnFakes(recipe, folder, checked, stack, timeline, actors).run(progress, log)
+        OnFakes(recipe, folder, checked, stack, timeline, actors, progress).run(log)
 
 
 def _shortened(recipe: Recipe, folder: Path) -> Recipe:

@@ -59,7 +59,7 @@ class MetricsLog:
         for key, value in metrics.items() if self._gauges else ():
             phase, _, name = key.partition("/")
             gauge, tags = self._gauges["metric"], {"phase": phase, "name": name}
-            if phase == "time" and name != "samples_per_s":
+            if phase == "time" and name.endswith("_s") and not name.endswith("_per_s"):
                 role, _, part = name.removesuffix("_s").partition("_")
                 gauge, tags = self._gauges["seconds"], {"role": role, "part": part or "all"}
             gauge.set(value, tags={"run": self._folder.resolve().name} | tags)

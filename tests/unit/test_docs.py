@@ -94,7 +94,8 @@ def written_metrics() -> set[str]:
     metric = re.compile(
         r"(prompts|reward|length|learner|critic|kl|logprob_gap|importance|selection|heldout|weights|time)/\w*[a-z]\w*"
     )
-    stages = re.findall(r'\.timed\("(\w+)"', (ROOT / "c2f_ray" / "driver.py").read_text())
+    loop = "".join((ROOT / "c2f_ray" / name).read_text() for name in ("driver.py", "sampling.py"))
+    stages = re.findall(r'\.timed\("(\w+)"', loop)
     return (
         {word for word in words if metric.fullmatch(word)}
         | {"step", "rewards/NAME"}

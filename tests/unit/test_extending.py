@@ -9,12 +9,13 @@ from c2f_ray import driver
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthState
 from c2f_ray.data.trajectory import TrajectoryInfo
-from c2f_ray.driver import Rollouts, Training
+from c2f_ray.driver import Training
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.recipe import load_recipe
 from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.function import FunctionScorer
 from c2f_ray.reward.samples import Sample
+from c2f_ray.sampling import Rollouts
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -22,7 +23,7 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 def training_with(kind: type[Training], recipe: object, **attributes: object) -> Training:
     """Without its actors."""
     training = object.__new__(kind)
-    vars(training).update(recipe=recipe, greedy_rollouts=True, **attributes)
+    vars(training).update(recipe=recipe, **attributes)
     return training
 
 
@@ -41,9 +42,9 @@ def test_a_new_algorithm(monkeypatch):
     class LeaveOneOut(Training):
         """REINFORCE with the mean reward of a prompt's other samples as the baseline (arXiv 2402.14740)."""
 
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            self.greedy_rollouts = False
+        @property
+        def greedy_rollouts(self) -> bool:
+            return False
 
         def update_batch(self, rollouts: Rollouts) -> UpdateBatch:
             rewards = rollouts.rewards

@@ -17,7 +17,7 @@ from c2f_ray.watch.metrics import MetricsLog
 ROOT = Path(__file__).parents[2]
 LINE = {
     "step": 3, "reward/mean": 0.5, "time/rollout_s": 4.0, "time/learner_forward_backward_s": 2.0, "time/step_s": 9.0,
-    "time/samples_per_s": 12.8,
+    "time/samples_per_s": 12.8, "time/scores_ready": 0.75,
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def test_every_metric_is_a_gauge_by_phase_and_seconds_are_by_role(tmp_path, gaug
         ("c2f_metric", "cats", "step", ""): 3,
         ("c2f_metric", "cats", "reward", "mean"): 0.5,
         ("c2f_metric", "cats", "time", "samples_per_s"): 12.8,
+        ("c2f_metric", "cats", "time", "scores_ready"): 0.75,
         ("c2f_seconds", "cats", "rollout", "all"): 4.0,
         ("c2f_seconds", "cats", "learner", "forward_backward"): 2.0,
         ("c2f_seconds", "cats", "step", "all"): 9.0,
@@ -63,6 +64,7 @@ def test_the_dashboard_asks_for_metrics_that_are_written():
     asked = [re.search(r'phase="(\w+)", name="(\w+)"', expression) for expression in expressions]
     for phase, name in [match.groups() for match in asked if match]:
         assert f'"{phase}/{name}"' in source, f"{phase}/{name}"
+        assert phase != "time" or not name.endswith("_s") or name.endswith("_per_s"), f"{name} is in c2f_seconds"
     ours = [expression for expression in expressions if expression.startswith("ray_c2f_")]
     assert {expression.split("{")[0] for expression in ours} == {"ray_c2f_metric", "ray_c2f_seconds"}
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]

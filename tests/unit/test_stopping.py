@@ -93,11 +93,11 @@ class FakeTraining(Training):
         self.kept: list[tuple[int, int]] = []  # step and position of each checkpoint
 
     def send_weights(self) -> None: ...
-    def end(self, progress: Any) -> None: ...
+    def end(self) -> None: ...
     def restart_learner(self, *_: Any) -> None:
         self.state.step, self.state.position = self.kept[-1]
 
-    def step(self, progress: Any) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
         self.state.position += 8
         self.happens("rollout", self.state.step + 1)
         self.stopping.hold()
@@ -116,7 +116,8 @@ def run(happens: Any) -> tuple[list[tuple[int, int]], str]:
     silent = SimpleNamespace(stage=lambda _: None, step=lambda _: None, note=notes.append, write=lambda _: None)
     with pytest.raises(StoppedError), ExitStack() as stack:
         training: Any = FakeTraining(stack, happens)
-        training.run(silent, silent)
+        training.progress = silent
+        training.run(silent)
     return training.kept, notes[-1]
 
 
