@@ -48,8 +48,8 @@ from c2f_ray.watch.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "against_trl.json"
-ROUNDS = 3
-WARM, STEPS = 3, 12  # steps that do not count, and all of a run
+ROUNDS = 2
+WARM, STEPS = 3, 10  # steps that do not count, and all of a run
 PROMPTS_PER_STEP = 64
 SEED = 1
 CLASSES = 32

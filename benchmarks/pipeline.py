@@ -43,9 +43,9 @@ from c2f_ray.weights.transfer import WeightSender
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 RESULTS = Path(__file__).parent / "results" / "pipeline.json"
-STEPS = 16
+STEPS = 10
 # Seconds of generation and of learning in one step; long-tailed generation differs from step to step.
-CASES = {"balanced": (0.4, 0.4), "rollout_heavy": (0.6, 0.2), "long_tailed": (None, 0.4)}
+CASES = {"balanced": (2.0, 2.0), "rollout_heavy": (3.0, 1.0), "long_tailed": (None, 2.0)}
 # With their greedy rollouts 65,536 samples a step, in 2,048 shards.
 SCALE = ("prompts.per_step=32768", "rollout.shard_samples=32", "learner.ranks=8", "run.steps=5")
 LARGE, SMALL = {"rollout.actors": 256, "reward.workers": 64}, {"rollout.actors": 16, "reward.workers": 4}
@@ -68,7 +68,7 @@ def fake_work(recipe: Recipe, **work: Any) -> FakeWork:
 
 def generation_seconds(case: str, step: int) -> float:
     seconds = CASES[case][0]
-    return seconds if seconds is not None else float(np.random.default_rng(step).choice([0.2, 1.0], p=[0.8, 0.2]))
+    return seconds if seconds is not None else float(np.random.default_rng(step).choice([1.0, 5.0], p=[0.8, 0.2]))
 
 
 def ideal(case: str) -> float:
@@ -103,6 +103,7 @@ def schedules() -> dict[str, Any]:
             **{f"{name}_s": seconds for name, seconds in took.items()},
             "ideal_s": ideal(case),
             "ideal_over_pipelined": ideal(case) / took["pipelined"],
+            "lost_ms_per_step": 1000 * (took["pipelined"] - ideal(case)) / STEPS,
             "synchronous_over_pipelined": took["synchronous"] / took["pipelined"],
         }
     return found

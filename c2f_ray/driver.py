@@ -13,17 +13,19 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
 from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
-from c2f_ray.data.texts import save_trajectories, unscored_path
+from c2f_ray.data.texts import TrajectoryWriter, unscored_path
 from c2f_ray.errors import (
     ActorDiedError,
     BadRewardError,
@@ -47,6 +49,7 @@ from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
+from c2f_ray.watch.watchdog import Watchdog
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
 
@@ -109,6 +112,7 @@ class Training:
         progress: Progress,
     ) -> None:
         self.recipe = recipe
+        self.stack = stack
         self.placement = placement
         self.timeline = timeline
         self.progress = progress
@@ -124,7 +128,7 @@ class Training:
         self.state = checked.resume.state if checked.resume else first_state(recipe)
         self.stopping = stack.enter_context(Stopping())
         self.unsaved: RunState | None = None  # after the last step, where no checkpoint has it
-        self.saving: deque[Any] = deque()  # references to the tasks that write trajectories, oldest first
+        self.saving: deque[Any] = deque()  # references to calls of the writer, oldest first
         self.seconds: dict[str, float] = {}
         self.ahead: Rollouts | None = None  # of the next step, made as the last one learned
         self.carried = [Carried(row, epoch, {}) for row, epoch in self.state.carried]
@@ -161,6 +165,8 @@ class Training:
         stack.callback(lambda: self.learner.close())  # whichever it is then
         self.connected: list[Any] = []  # the rollout actors that are in the learner's transfer group
         self.learner_restarts_left = recipe.cluster.max_restarts
+        watched = [self.rollouts.busy, self.rewards.busy, lambda: self.learner.busy()]
+        stack.enter_context(closing(Watchdog(watched, progress.note)))
         self.learner.wait_until_ready()
         self.rollouts.wait_until_ready()
         self.rewards.wait_until_ready()
@@ -426,24 +432,26 @@ class Training:
     def save(self, rollouts: Rollouts, path: Path) -> None:
         """Starts to write a step's trajectories."""
         self.wait_for_saved_trajectories(MAX_UNSAVED)
-        task = save_trajectories.remote(
-            path.absolute(),
-            rollouts.step,
-            self.recipe.policy.model,
-            self.prompts,
-            rollouts.shards,
-            [shard.columns() for shard in rollouts.scored],
-            [shard.causes for shard in rollouts.scored],
-            rollouts.left,
-            self.recipe.rollout.timeout_s,
+        columns, causes = zip(*((shard.columns(), shard.causes) for shard in rollouts.scored), strict=True)
+        self.saving.append(
+            self.writer.write.remote(path.absolute(), rollouts.step, rollouts.shards, columns, causes, rollouts.left)
         )
-        self.saving.append(task)
+
+    @cached_property
+    def writer(self) -> Any:
+        """Begins where the driver is, and again if it dies."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        actor: Any = ray.remote(TrajectoryWriter)
+        writer = actor.options(**options).remote(self.recipe.policy.model, self.prompts, self.recipe.rollout.timeout_s)
+        self.stack.callback(ray.kill, writer)
+        return writer
 
     def wait_for_saved_trajectories(self, at_most: int) -> None:
         """Until no more than `at_most` steps are still being written; raises what a writing task raised."""
         while len(self.saving) > at_most:
             try:
-                wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the task that writes the trajectories")
+                wait_for(self.saving.popleft(), self.recipe.rollout.timeout_s, "the actor that writes the trajectories")
             except (ActorDiedError, ObjectLostError) as error:
                 raise ShardsLostError(f"trajectories were lost with a node before their file was: {error}") from error
 

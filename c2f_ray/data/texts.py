@@ -5,7 +5,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 from transformers import PreTrainedTokenizerBase
 
 from c2f_ray.data.prompts import PromptSet
@@ -52,32 +51,38 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     partial.rename(path)
 
 
-@ray.remote(num_cpus=0)
-def save_trajectories(
-    path: Path,
-    step: int,
-    tokenizer: str,
-    prompts: PromptSet,
-    shards: list[Any],
-    columns: list[Columns],
-    causes: list[dict[int, str]],
-    left: set[int],
-    timeout_s: float,
-) -> None:
-    """Writes a step's trajectories; those that no reward came for once more, aside, with the cause.
+class TrajectoryWriter:
+    """An actor: writes one step after the other, so that one process alone decodes beside the engines."""
 
-    `shards` are object references; ``causes`` tells, for each, why a row has no reward; samples whose ids are ``left``
-    to the next step will be in its file.
-    """
-    shards = wait_for(shards, timeout_s, f"the trajectories of step {step}")
-    why = {
-        int(shard.info.sample_id[row]): cause
-        for shard, found in zip(shards, causes, strict=True)
-        for row, cause in found.items()
-    }
-    texts = text_rows(load_tokenizer(tokenizer), prompts, shards, columns)
-    rows = [{"step": step, **row} for row in texts if row["sample_id"] not in left]
-    write_rows(path, rows)
-    if why:
-        aside = [{**row, "cause": why[row["sample_id"]]} for row in rows if row["sample_id"] in why]
-        write_rows(unscored_path(path), aside)
+    def __init__(self, tokenizer: str, prompts: PromptSet, timeout_s: float) -> None:
+        """``timeout_s``: for a step's shards to be there."""
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.prompts = prompts
+        self.timeout_s = timeout_s
+
+    def write(
+        self,
+        path: Path,
+        step: int,
+        shards: list[Any],
+        columns: list[Columns],
+        causes: list[dict[int, str]],
+        left: set[int],
+    ) -> None:
+        """Writes a step's trajectories; those that no reward came for once more, aside, with the cause.
+
+        `shards` are object references; ``causes`` tells, for each, why a row has no reward; samples whose ids are
+        ``left`` to the next step will be in its file.
+        """
+        shards = wait_for(shards, self.timeout_s, f"the trajectories of step {step}")
+        why = {
+            int(shard.info.sample_id[row]): cause
+            for shard, found in zip(shards, causes, strict=True)
+            for row, cause in found.items()
+        }
+        texts = text_rows(self.tokenizer, self.prompts, shards, columns)
+        rows = [{"step": step, **row} for row in texts if row["sample_id"] not in left]
+        write_rows(path, rows)
+        if why:
+            aside = [{**row, "cause": why[row["sample_id"]]} for row in rows if row["sample_id"] in why]
+            write_rows(unscored_path(path), aside)

@@ -20,6 +20,7 @@ from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.schema import Recipe
 from c2f_ray.waiting import wait_for_start
+from c2f_ray.watch.watchdog import Busy
 
 NEWS_OF_DEATH_S = 30.0  # how long Ray may take to learn that a node is gone
 
@@ -30,7 +31,8 @@ class Asked:
 
     method: str
     refs: list[ObjectRef]
-    deadline: float  # of time.monotonic
+    asked_at: float  # of time.monotonic
+    deadline: float
 
 
 class LearnerGroup:
@@ -50,6 +52,8 @@ class LearnerGroup:
         ]
         meeting = self.ranks[0].rendezvous.remote()  # handed on as a reference: nothing waits here
         self.started = [rank.start.remote(meeting) for rank in self.ranks]
+        now = time.monotonic()
+        self.asked = Asked("start", self.started, now, now + recipe.cluster.start_timeout_s)  # last
 
     def wait_until_ready(self) -> None:
         needs = f"{self.recipe.learner.gpus_per_rank} GPU" if self.recipe.learner.gpus_per_rank else "1 CPU"
@@ -57,6 +61,9 @@ class LearnerGroup:
             wait_for_start(self.started, self.recipe.cluster.start_timeout_s, "learner ranks", needs)
         except ActorDiedError as error:  # as a rank does that was sent to a node of whose loss Ray did not know yet
             raise LearnerLostError(str(error)) from error
+        except RayTaskError as error:
+            self._blame_a_death("start", self.started, error)
+            raise
 
     def connect(self, actors: list[Any]) -> None:
         """Joins the rollout actors, before the first ``send_weights``."""
@@ -95,6 +102,14 @@ class LearnerGroup:
         """Writes an ordinary Hugging Face folder, on rank 0's node; complete, or not there."""
         self._all("export", folder.absolute(), chat_template)
 
+    def busy(self) -> list[Busy]:
+        asked = self.asked
+        silent_s, timeout_s = time.monotonic() - asked.asked_at, asked.deadline - asked.asked_at
+        return [
+            Busy(f"learner rank {rank}", f"it is at {asked.method}", silent_s, timeout_s)
+            for rank in _silent(asked.refs)
+        ]
+
     def close(self) -> None:
         for rank in self.ranks:
             self.placement.kill(rank)
@@ -104,25 +119,29 @@ class LearnerGroup:
 
     def _ask(self, method: str, *args: Any) -> "Asked":
         refs = [getattr(rank, method).remote(*args) for rank in self.ranks]
-        return Asked(method, refs, time.monotonic() + self.recipe.learner.timeout_s)
+        now = time.monotonic()
+        self.asked = Asked(method, refs, now, now + self.recipe.learner.timeout_s)
+        return self.asked
 
     def _answers(self, asked: "Asked") -> list[Any]:
         method, refs, timeout_s = asked.method, asked.refs, self.recipe.learner.timeout_s
         try:
             return ray.get(refs, timeout=max(1.0, asked.deadline - time.monotonic()))
         except RayTaskError as error:
-            # A rank whose peer died fails in their process group, often before Ray tells of the death.
-            if not isinstance(error, C2FError) and (died := self._deaths(refs)):
-                raise LearnerLostError(f"learner {method}: a rank died: {died[0]}") from error
+            self._blame_a_death(method, refs, error)
             raise
         except RayActorError as error:
             raise LearnerLostError(f"learner {method}: a rank died: {error}") from error
         except GetTimeoutError:
-            answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-            silent = [str(rank) for rank, ref in enumerate(refs) if ref not in answered]
+            silent = [str(rank) for rank in _silent(refs)]
             raise LearnerLostError(
                 f"learner {method}: no answer from rank {', '.join(silent)} of {len(refs)} after {timeout_s:g} s"
             ) from None
+
+    def _blame_a_death(self, method: str, refs: list[ObjectRef], error: RayTaskError) -> None:
+        """A rank whose peer died fails in their process group, often before Ray tells of the death."""
+        if not isinstance(error, C2FError) and (died := self._deaths(refs)):
+            raise LearnerLostError(f"learner {method}: a rank died: {died[0]}") from error
 
     def _deaths(self, refs: list[ObjectRef]) -> list[RayActorError]:
         """What Ray says of the ranks that are gone, once each has answered, or is known to be, or takes too long."""
@@ -135,3 +154,9 @@ class LearnerGroup:
             except Exception:  # the other ranks' complaints of it
                 continue
         return died
+
+
+def _silent(refs: list[ObjectRef]) -> list[int]:
+    """Ranks that have not answered."""
+    answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+    return [rank for rank, ref in enumerate(refs) if ref not in answered]

@@ -21,6 +21,7 @@ from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
 from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for_start
+from c2f_ray.watch.watchdog import Busy
 
 CALLS_AT_ONCE = 16  # of a worker with a model: their conversations share batches
 
@@ -234,6 +235,19 @@ class RewardPool:
             self._call(call.scoring, call.rows, attempts, new)
         else:
             self.suspects += [(call.scoring, row) for row in call.rows]
+
+    def busy(self) -> list[Busy]:
+        now = time.monotonic()
+        return [
+            Busy(
+                f"reward worker {number} of {self.label}",
+                f"it has {sum(len(call.rows) for call in list(worker.calls.values()))} rows to score",
+                now - worker.heard_at,
+                self.timeout_s,
+            )
+            for number, worker in enumerate(self.workers)
+            if worker.calls
+        ]
 
     def close(self) -> None:
         for worker in self.workers:

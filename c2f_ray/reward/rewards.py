@@ -11,6 +11,7 @@ from c2f_ray.recipe.schema import Cluster, LogRatioReward, Reward, reward_parts
 from c2f_ray.reward.pool import RewardPool, Scoring
 from c2f_ray.reward.worker import Float64, Scorer
 from c2f_ray.timeline import Timeline
+from c2f_ray.watch.watchdog import Busy
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class Rewards:
             total += part.weight * value
         lost = any(scoring.lost for scorings in asked.scorings for scoring in scorings)
         return ScoredShard(total.astype(np.float32), parts, causes, drop, lost)
+
+    def busy(self) -> list[Busy]:
+        return [busy for pool in self._all() for busy in pool.busy()]
 
     def close(self) -> None:
         for pool in self._all():

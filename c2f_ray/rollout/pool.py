@@ -7,7 +7,7 @@ nothing before a transfer has brought it weights, and only what the dead one sti
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -24,8 +24,10 @@ from c2f_ray.rollout.actor import LOOK_EVERY_S, RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for, wait_for_start
+from c2f_ray.watch.watchdog import Busy
 
 PING_S = 60.0  # for an idle actor to answer
+GATHER_S = 2e-4  # for each stream: to look at it takes Ray about 4 microseconds
 
 
 class RolloutPool:
@@ -59,6 +61,8 @@ class RolloutPool:
         self.new_actor = lambda number: placement.start("rollout", number, RolloutActor, options, *arguments)
         self.actors = [self.new_actor(number) for number in range(rollout.actors)]
         self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
+        self.started_at = dict.fromkeys(self.starting, time.perf_counter())  # of those
+        self.streams: dict[Any, _Stream] = {}  # calls of `generate` that go on
 
     def wait_until_ready(self) -> None:
         """All actors, replacements too, have built their engines. Only a replacement that dies is replaced again."""
@@ -66,7 +70,7 @@ class RolloutPool:
             refs = self.starting
             try:
                 wait_for_start(list(refs.values()), self.start_timeout_s, "rollout actors", self.needs)
-                self.starting = {}
+                self.starting, self.started_at = {}, {}
             except ActorDiedError as error:
                 if not self.is_up:
                     raise
@@ -89,6 +93,7 @@ class RolloutPool:
         self.placement.kill(self.actors[number])  # one that hangs still has its GPUs
         self.actors[number] = self.new_actor(number)
         self.starting[number] = self.actors[number].ready.remote()
+        self.started_at[number] = time.perf_counter()
 
     def take_started(self) -> list[Any]:
         """The actors that have built their engines, replacements among them; waits where there is none."""
@@ -96,6 +101,7 @@ class RolloutPool:
             refs = list(self.starting.values())
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             self.starting = {number: ref for number, ref in self.starting.items() if ref not in done}
+            self.started_at = {number: self.started_at[number] for number in self.starting}
         if not self.serving:
             self.wait_until_ready()
         return [self.actors[number] for number in self.serving]
@@ -130,79 +136,104 @@ class RolloutPool:
         stop_key = uuid4().hex if stop else None
         stopped = False
         deadline = time.monotonic() + self.timeout_s
-        streams: dict[Any, _Stream] = {}
-        ready: list[Any] = []  # of them, those that have something to read
+        ready: list[Any] = []  # streams that have something to read
         owed: list[list[RolloutRequest]] = split(requests, len(self.actors))  # not yet given to an actor
-        while streams or any(owed):
-            for part in filter(None, owed):
-                if not self.serving:
+        try:
+            while self.streams or any(owed):
+                if any(owed) and not self.serving:
                     assert revive is not None
                     began = time.monotonic()
                     revive()
                     deadline += time.monotonic() - began
-                load = dict.fromkeys(self.serving, 0)
-                for stream in streams.values():
-                    load[stream.number] += len(stream.missing)
-                number = min(load, key=lambda number: load[number])
-                stream = _Stream(number, {request.sample_id: request for request in part})
-                streams[self.actors[number].generate.remote(part, max_tokens, ordered, stop_key)] = stream
-            owed = []
-            left_s = max(0.0, deadline - time.monotonic())
-            if stop_key and stop and not stopped:
-                if stop():
-                    _internal_kv_put(stop_key, b"")
-                    stopped = True
-                left_s = min(left_s, LOOK_EVERY_S)
-            ready = [key for key in ready if key in streams] or _with_something(streams, left_s)
-            if not ready and time.monotonic() < deadline:
-                continue
-            if not ready:
-                owing = [
-                    f"rollout actor {stream.number}: {len(stream.missing)} of {stream.asked} samples"
-                    for stream in streams.values()
-                ]
-                silent = DeadlineError(f"after {self.timeout_s:g} s these are missing: {'; '.join(owing)}")
-                if revive is None:
-                    raise silent
-                for number in {stream.number for stream in streams.values()}:
-                    owed += self._give_up(number, streams, silent)
-                deadline = time.monotonic() + self.timeout_s
-                continue
-            key = ready.pop()
-            stream = streams[key]
-            try:
-                reference = next(key, None)
-                if reference is None:
-                    if stream.shard is not None:  # not a shard: the error that ended the actor's call
-                        self._read(stream.shard, stream)
-                    del streams[key]
-                elif stream.shard is None:
-                    stream.shard = reference
-                else:
-                    info = self._read(reference, stream)
-                    for sample_id in info.sample_id.tolist():
-                        del stream.missing[sample_id]
-                    shard, stream.shard = stream.shard, None
-                    if self.timeline is not None:
-                        name = f"{len(info)} samples"
-                        self.timeline.add(f"rollout {stream.number}", name, stream.heard_at)
-                    stream.heard_at = time.perf_counter()
-                    yield shard, info
-            except ActorDiedError as error:
-                if revive is None:
-                    raise
-                owed = self._give_up(stream.number, streams, error)
-        if stop_key and stopped:
-            _internal_kv_del(stop_key)
+                for part in filter(None, owed):
+                    self._hand_out(part, max_tokens, ordered, stop_key)
+                owed = []
+                left_s = max(0.0, deadline - time.monotonic())
+                if stop_key and stop and not stopped:
+                    if stop():
+                        _internal_kv_put(stop_key, b"")
+                        stopped = True
+                    left_s = min(left_s, LOOK_EVERY_S)
+                ready = [key for key in ready if key in self.streams] or _with_something(self.streams, left_s)
+                if ready:
+                    key = ready.pop()
+                    try:
+                        if (found := self._take(key)) is not None:
+                            yield found
+                    except ActorDiedError as error:
+                        if revive is None:
+                            raise
+                        owed = self._give_up(self.streams[key].number, error)
+                elif time.monotonic() >= deadline:
+                    silent = self._silent()
+                    if revive is None:
+                        raise silent
+                    for number in {stream.number for stream in self.streams.values()}:
+                        owed += self._give_up(number, silent)
+                    deadline = time.monotonic() + self.timeout_s
+        finally:
+            self.streams = {}
+            if stop_key and stopped:
+                _internal_kv_del(stop_key)
 
-    def _give_up(self, number: int, streams: dict[Any, "_Stream"], cause: object) -> list[list[RolloutRequest]]:
-        """Replaces an actor; takes its calls out of `streams`, and returns what each of them owed."""
+    def _hand_out(self, part: list[RolloutRequest], max_tokens: int, ordered: bool, stop_key: str | None) -> None:
+        """To the actor that owes least."""
+        load = dict.fromkeys(self.serving, 0)
+        for stream in self.streams.values():
+            load[stream.number] += len(stream.missing)
+        number = min(load, key=lambda number: load[number])
+        stream = _Stream(number, {request.sample_id: request for request in part})
+        self.streams[self.actors[number].generate.remote(part, max_tokens, ordered, stop_key)] = stream
+
+    def _take(self, key: Any) -> tuple[Any, TrajectoryInfo] | None:
+        """What a stream that has something gives; its end ends it. Every second thing completes a shard."""
+        stream = self.streams[key]
+        reference = next(key, None)
+        if reference is None:
+            if stream.shard is not None:  # not a shard: the error that ended the actor's call
+                self._read(stream.shard, stream)
+            del self.streams[key]
+            return None
+        if stream.shard is None:
+            stream.shard = reference
+            return None
+        info = self._read(reference, stream)
+        for sample_id in info.sample_id.tolist():
+            del stream.missing[sample_id]
+        shard, stream.shard = stream.shard, None
+        if self.timeline is not None:
+            self.timeline.add(f"rollout {stream.number}", f"{len(info)} samples", stream.heard_at)
+        stream.heard_at = time.perf_counter()
+        return shard, info
+
+    def _silent(self) -> DeadlineError:
+        owing = [f"{stream}: {len(stream.missing)} of {stream.asked} samples" for stream in self.streams.values()]
+        return DeadlineError(f"after {self.timeout_s:g} s these are missing: {'; '.join(owing)}")
+
+    def busy(self) -> list[Busy]:
+        now = time.perf_counter()
+        starting = [
+            Busy(f"rollout actor {number}", "it starts", now - at, self.start_timeout_s)
+            for number, at in list(self.started_at.items())
+        ]
+        return starting + [
+            Busy(
+                str(stream),
+                f"it owes {len(stream.missing)} of {stream.asked} samples",
+                now - stream.heard_at,
+                self.timeout_s,
+            )
+            for stream in list(self.streams.values())
+        ]
+
+    def _give_up(self, number: int, cause: object) -> list[list[RolloutRequest]]:
+        """Replaces an actor; returns what each of its calls owed."""
         self.replace(number, cause)
-        lost = [key for key, stream in streams.items() if stream.number == number]
-        return [list(streams.pop(key).missing.values()) for key in lost]
+        lost = [key for key, stream in self.streams.items() if stream.number == number]
+        return [list(self.streams.pop(key).missing.values()) for key in lost]
 
     def _read(self, reference: Any, stream: "_Stream") -> TrajectoryInfo:
-        what = f"rollout actor {stream.number}, which owes {len(stream.missing)} samples"
+        what = f"{stream}, which owes {len(stream.missing)} samples"
         try:
             return wait_for(reference, self.timeout_s, what)
         except ObjectLostError as error:
@@ -230,9 +261,9 @@ def _died(ref: Any) -> bool:
 
 
 def _with_something(streams: dict[Any, "_Stream"], timeout_s: float) -> list[Any]:
-    """All streams that have something to read; waits for the first of them."""
+    """The streams that have something to read; waits for the first of them."""
     keys = list(streams)
-    ready, _ = ray.wait(keys, num_returns=len(keys), timeout=0, fetch_local=False)
+    ready, _ = ray.wait(keys, num_returns=len(keys), timeout=min(timeout_s, GATHER_S * len(keys)), fetch_local=False)
     return ready or ray.wait(keys, timeout=timeout_s, fetch_local=False)[0]
 
 
@@ -246,9 +277,13 @@ class _Stream:
         self.heard_at = time.perf_counter()  # its last shard's arrival, or the call
         self.shard: Any = None  # a reference whose info has not come yet
 
+    def __str__(self) -> str:
+        return f"rollout actor {self.number}"
+
 
 def split(requests: list[RolloutRequest], parts: int) -> list[list[RolloutRequest]]:
     """Consecutive parts of about equal size. A prompt's consecutive requests stay together: one prefill serves them."""
-    prompts = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt_row)]
-    bounds = [len(prompts) * part // parts for part in range(parts + 1)]
-    return [[request for prompt in prompts[start:stop] for request in prompt] for start, stop in pairwise(bounds)]
+    rows = [request.prompt_row for request in requests]
+    starts = [0, *(place for place, (row, after) in enumerate(pairwise(rows), 1) if row != after), len(rows)]
+    bounds = [starts[(len(starts) - 1) * part // parts] for part in range(parts + 1)]
+    return [requests[start:stop] for start, stop in pairwise(bounds)]
