@@ -140,8 +140,12 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     def __init__(self, info: GlooTrainerInitInfo, client: VLLMWeightSyncClient, source: WeightSource) -> None:
         super().__init__(client=client, source=source, is_sender=True)
         self.info = info
-        self.weights = source
+        self.weights: Any = source
         self.manifest = source.metadata()
+        self.buckets = list(_buckets(self.manifest, info.packed_buffer_size_bytes))
+        size = max(sum(map(_bytes, bucket)) for bucket in self.buckets)
+        # One is sent as the other is filled. Fresh memory for each transfer would cost more than filling it.
+        self.buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
         engines = GlooInitInfo(
             master_address=info.master_address,
             master_port=info.master_port,
@@ -182,12 +186,9 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
 
     def _broadcast_all(self) -> None:
         deadline = time.monotonic() + self.info.timeout_s
-        stream = iter(self.weights)
+        stream = self.weights.stream(copy=False)
         sent: Callable[[], Tensor] | None = None
-        buckets = list(_buckets(self.manifest, self.info.packed_buffer_size_bytes))
-        size = max(sum(map(_bytes, bucket)) for bucket in buckets)
-        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]  # one is sent as the other is filled
-        for bucket, buffer in zip(buckets, cycle(buffers), strict=False):
+        for bucket, buffer in zip(self.buckets, cycle(self.buffers), strict=False):
             packed = 0
             for expected, (name, tensor) in zip(bucket, stream, strict=False):
                 if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
