@@ -433,9 +433,10 @@ class Training:
         """Starts to write a step's trajectories."""
         self.wait_for_saved_trajectories(MAX_UNSAVED)
         columns, causes = zip(*((shard.columns(), shard.causes) for shard in rollouts.scored), strict=True)
-        self.saving.append(
-            self.writer.write.remote(path.absolute(), rollouts.step, rollouts.shards, columns, causes, rollouts.left)
+        call = self.writer.write.remote(
+            path.absolute(), rollouts.step, self.prompts, rollouts.shards, columns, causes, rollouts.left
         )
+        self.saving.append(call)
 
     @cached_property
     def writer(self) -> Any:
@@ -443,7 +444,7 @@ class Training:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         actor: Any = ray.remote(TrajectoryWriter)
-        writer = actor.options(**options).remote(self.recipe.policy.model, self.prompts, self.recipe.rollout.timeout_s)
+        writer = actor.options(**options).remote(self.recipe.policy.model, self.recipe.rollout.timeout_s)
         self.stack.callback(ray.kill, writer)
         return writer
 

@@ -54,16 +54,16 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 class TrajectoryWriter:
     """An actor: writes one step after the other, so that one process alone decodes beside the engines."""
 
-    def __init__(self, tokenizer: str, prompts: PromptSet, timeout_s: float) -> None:
+    def __init__(self, tokenizer: str, timeout_s: float) -> None:
         """``timeout_s``: for a step's shards to be there."""
         self.tokenizer = load_tokenizer(tokenizer)
-        self.prompts = prompts
         self.timeout_s = timeout_s
 
     def write(
         self,
         path: Path,
         step: int,
+        prompts: PromptSet,
         shards: list[Any],
         columns: list[Columns],
         causes: list[dict[int, str]],
@@ -80,7 +80,7 @@ class TrajectoryWriter:
             for shard, found in zip(shards, causes, strict=True)
             for row, cause in found.items()
         }
-        texts = text_rows(self.tokenizer, self.prompts, shards, columns)
+        texts = text_rows(self.tokenizer, prompts, shards, columns)
         rows = [{"step": step, **row} for row in texts if row["sample_id"] not in left]
         write_rows(path, rows)
         if why:

@@ -128,6 +128,7 @@ def run_process(
         ) as process,
     ):
         deadline = threading.Timer(STAGE_TIMEOUT_S, process.kill)
+        began = time.monotonic()
         deadline.start()
         try:
             for line in process.stdout or ():
@@ -143,6 +144,8 @@ def run_process(
         finally:
             deadline.cancel()
     if process.returncode != 0:
-        raise WorldError(f"training {', '.join(stages)} failed: {log.read_text().strip()[-2000:]}")
+        late = time.monotonic() - began >= STAGE_TIMEOUT_S
+        why = f"not done after {STAGE_TIMEOUT_S:g} s" if late else log.read_text().strip()[-2000:]
+        raise WorldError(f"training {', '.join(stages)} failed: {why}")
     log.unlink()
     return results
