@@ -24,7 +24,8 @@ def train(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
     reward = f"reward={{kind: function, function: 'my_rewards:score', workers: 2, on_failure: {on_failure}}}"
     return subprocess.run(
         [Path(sys.executable).with_name("c2f-ray"), "train", CONFIGS / "tiny.yaml", "run.steps=1", "prompts.per_step=8",
-         "prompts.source=prompts.jsonl", "prompts.shuffle=false", "rollout.samples_per_prompt=2", reward],
+         "learner.ranks=1", "prompts.source=prompts.jsonl", "prompts.shuffle=false", "rollout.samples_per_prompt=2",
+         reward],
         cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
