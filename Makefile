@@ -11,6 +11,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): requirements/cpu.txt requirements/overrides.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("c2f_ray needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
+	@echo "installing about 5 GB into .venv: some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.8
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(TORCH) \
@@ -24,7 +25,7 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Every role killed in every phase, and a seeded soak of twenty kills: about a quarter of an hour on 2 cores.
+# Every role killed in every phase, a seeded soak of twenty kills, a node taken away: half an hour on 2 busy cores.
 chaos: $(INSTALLED)
 	$(BIN)/python -m pytest tests/chaos -s
 

@@ -56,9 +56,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate base, instruct, coarse and every fine actor on held-out prompts."""
     loaded = _load(recipe, overrides)
     from c2f_ray.evaluation.job import evaluate
-    from c2f_ray.watch.report import format_table
+    from c2f_ray.watch.report import format_table, table_console
 
-    Console().print(format_table(evaluate(loaded)))
+    table_console().print(format_table(evaluate(loaded)))
 
 
 @app.command()

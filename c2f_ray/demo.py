@@ -16,15 +16,21 @@ from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.session import ray_session, train_needs
 from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
-from c2f_ray.watch.report import format_table, write_report
+from c2f_ray.watch.report import format_table, table_console, write_report
 
+WORLD = {
+    "base": "the base model",
+    "instruct": "the instruct model",
+    "reward": "the reward model",
+    "pair": "the Mixtral pair, of which configs/tiny_rejection_sampling.yaml takes the log ratio",
+}
 ENDS = 3  # steps averaged at the start and at the end of training
 
 
 def run_demo(recipe_path: Path, overrides: list[str]) -> None:
     """World, training, merging, evaluation and report; one Ray session for the three jobs."""
     recipe = load_recipe(recipe_path, *overrides)
-    console = Console()
+    console = table_console()
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -50,17 +56,19 @@ def run_demo(recipe_path: Path, overrides: list[str]) -> None:
     times = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
     console.print(f"wall time: {times}; {sum(seconds.values()):.0f} s in all", highlight=False)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    console.print("for more of c2f-ray: source .venv/bin/activate", highlight=False)
 
 
 def _build_world(recipe: Recipe, console: Console) -> None:
     folder = Path(recipe.policy.model).parent
     console.print(f"building the tiny world in {folder}; the next demo finds it there", highlight=False)
-    seen: set[str] = set()
+    told: dict[str, int] = {}  # quarters of each model's training
 
     def progress(stage: str, fraction: float) -> None:
-        if stage not in seen:
-            seen.add(stage)
-            console.print(f"{stage} ...", highlight=False)
+        quarter = int(4 * fraction)
+        if quarter > told.get(stage, -1):
+            told[stage] = quarter
+            console.print(f"training {WORLD[stage]}: {quarter * 25}%", highlight=False)
 
     build_world(folder, progress=progress)
 

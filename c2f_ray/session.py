@@ -2,12 +2,13 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from c2f_ray.errors import RecipeError
 from c2f_ray.placement import Role
@@ -16,6 +17,7 @@ from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import reward_parts
 from c2f_ray.reward.rewards import scorers
 
+PROBE_S = 5.0
 SPARE_CPUS = 2  # for tasks: merging, and writing trajectories
 
 
@@ -80,6 +82,23 @@ def ray_session(recipe: Recipe, needs: Needs, address: str | None = None) -> Ite
             ray.shutdown()
 
 
+def unreachable(address: str) -> str | None:
+    """Why nothing answers at `address`; `auto` is the cluster that this node's files and processes name.
+
+    Ray itself would wait for minutes for a cluster that is gone, and whose name was left behind. Raises ConnectionError
+    where `auto` names none.
+    """
+    if address == "auto":
+        address = services.canonicalize_bootstrap_address("auto") or ""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if colon:
+            socket.create_connection((host, int(port)), PROBE_S).close()
+    except (OSError, ValueError) as error:
+        return f"nothing answers at {address}: {error}"
+    return None
+
+
 def _connect(address: str | None, cpus: int) -> bool:
     """The cluster at `address`, or that of this node; where there is none (or `address` is `local`), a new one: True.
 
@@ -88,7 +107,10 @@ def _connect(address: str | None, cpus: int) -> bool:
     """
     if address != "local":
         try:
-            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.WARNING)
+            found = address or "auto"
+            if problem := unreachable(found):
+                raise ConnectionError(problem)
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
             return False
         except (ConnectionError, ValueError) as error:
             if address:
@@ -97,8 +119,6 @@ def _connect(address: str | None, cpus: int) -> bool:
     ray_constants.ENABLE_RAY_CLUSTER = False
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-    ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
-    )
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray_constants.ENABLE_RAY_CLUSTER = True
     return True

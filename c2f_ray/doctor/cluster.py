@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from c2f_ray.doctor.broadcast import open_store_here, take_part
 from c2f_ray.doctor.node import Finding, check_node, failure, ok, warning
 from c2f_ray.plan.clusters import Node, actors_of, place
 from c2f_ray.recipe import Recipe
+from c2f_ray.session import unreachable
 
-PROBE_S = 5.0
 GUARD_S = 90.0  # for a client to start and be refused
 TIMEOUT_S = 300.0
 
@@ -70,14 +69,13 @@ def connect() -> Iterator[Finding]:
     if address == "local":
         yield ok("Ray: RAY_ADDRESS=local: a run starts a cluster of its own, on this machine")
         return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and (problem := _unreachable(host, port)):
-        yield failure(
-            f"Ray: nothing answers at RAY_ADDRESS={address}: {problem}",
-            "start the head (ray start --head), name its address, or unset RAY_ADDRESS",
-        )
-        return
     try:
+        if problem := unreachable(address):
+            yield failure(
+                f"Ray: RAY_ADDRESS={address}: {problem}",
+                "start the head (ray start --head), name its address, or set RAY_ADDRESS=local to need no cluster",
+            )
+            return
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:
         told = str(error).strip().splitlines()[0]
@@ -110,14 +108,6 @@ def guard(address: str) -> Iterator[Finding]:
         )
     else:
         yield warning("Ray: what it does with a wrong token could not be found out", "try ray status with one")
-
-
-def _unreachable(host: str, port: str) -> str | None:
-    try:
-        socket.create_connection((host, int(port)), PROBE_S).close()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def resources(recipe: Recipe | None) -> Iterator[Finding]:

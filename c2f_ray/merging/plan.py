@@ -126,7 +126,7 @@ def _variants(settings: Merge, tensors: Sequence[str]) -> list[Variant]:
 def _check_outputs(plan: MergePlan) -> None:
     goes_on = plan.goes_on()
     problems = [
-        f"merge: {plan.out / variant.name} exists and is not overwritten: remove it, or merge into another folder"
+        f"merge: {plan.out / variant.name} exists and is not overwritten: remove it, or give other merge.ratios"
         for variant in plan.variants
         if (plan.out / variant.name).exists() and not (goes_on and plan.published.exists())
     ]

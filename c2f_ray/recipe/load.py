@@ -39,8 +39,13 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
+        if "=" in str(path):
+            raise RecipeError(f"{path}: the recipe comes first, then key=value")
+        shipped = Path("configs", f"{path.stem}.yaml")
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise RecipeError(f"{path}: no such recipe" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+        meant = path.parent / near[0] if near else shipped
+        hint = f"; did you mean {meant}?" if meant.is_file() else f" in {Path.cwd()}"
+        raise RecipeError(f"{path}: no such recipe{hint}")
     try:
         tree = _parse(path.read_text(encoding="utf-8"), where=str(path))
     except UnicodeDecodeError as error:

@@ -20,8 +20,9 @@ STEPS = 16
 SETTINGS = [
     f"run.steps={STEPS}", "run.deterministic=true", "rollout.actors=2", "prompts.per_step=12",
     "rollout.shard_samples=4", "length.max_tokens=24", "checkpoints.every_steps=1", "weights.timeout_s=20",
-    "reward.workers=2", "cluster.max_restarts=60",
+    "reward.workers=2", "reward.attempts=20", "cluster.max_restarts=60",
 ]  # fmt: skip
+# A shard that has cost many workers is scored a row at a time, whose last bits are others: hence the attempts.
 SOAK_SEED, SOAK_KILLS = 20, 20
 FROM_THE_ENGINE = ("logprob_gap/", "importance/")
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray._private import services
 from typer.testing import CliRunner
 
 from c2f_ray.cli import app
 from c2f_ray.doctor import broadcast, cluster, node
 from c2f_ray.recipe import load_recipe
+from c2f_ray.session import unreachable
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -191,7 +193,15 @@ def test_an_address_where_nothing_answers(monkeypatch):
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         (found,) = told(cluster.connect())
-    assert found.startswith(f"failure  Ray: nothing answers at RAY_ADDRESS={address}: ")
+    assert found.startswith(f"failure  Ray: RAY_ADDRESS={address}: nothing answers at {address}: ")
+
+
+def test_a_cluster_that_is_gone_but_whose_name_was_left_behind_is_not_waited_for(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        left = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda address: left)
+        assert str(unreachable("auto")).startswith(f"nothing answers at {left}: ")
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("failure", 1)])

@@ -59,7 +59,7 @@ def test_epochs_become_steps(folder: Path):
 
 def test_a_missing_model_folder(folder: Path):
     shutil.rmtree(folder / "base")
-    assert problems() == ("policy.model: .cache/tiny/base: no such folder",)
+    assert problems() == ("policy.model: .cache/tiny/base: no such folder; make demo makes it",)
 
 
 def test_pickled_weights_only(folder: Path):

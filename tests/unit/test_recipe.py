@@ -197,6 +197,17 @@ def test_a_missing_recipe_names_the_nearest():
         load_recipe(CONFIGS / "tinny.yaml")
 
 
+def test_what_was_meant_by_a_short_name_and_by_the_wrong_order(monkeypatch, tmp_path):
+    with pytest.raises(RecipeError, match="run.steps=2: the recipe comes first, then key=value"):
+        load_recipe("run.steps=2", "configs/tiny.yaml")
+    monkeypatch.chdir(CONFIGS.parent)
+    with pytest.raises(RecipeError, match=r"tiny: no such recipe; did you mean configs/tiny.yaml\?"):
+        load_recipe("tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=f"configs/tiny.yaml: no such recipe in {tmp_path}"):
+        load_recipe("configs/tiny.yaml")
+
+
 def test_recipes_are_frozen():
     recipe: Recipe = load_recipe(TINY)
     with pytest.raises(ValueError, match="frozen"):
