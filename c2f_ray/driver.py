@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     checked = check_train(recipe, fresh)
     folder = run_folder(recipe)
     if checked.resume and checked.resume.state.step >= checked.total_steps and (folder / "coarse").is_dir():
-        print(f"{folder} has all of its {checked.total_steps} steps already")
+        print(f"{folder} has {checked.resume.state.step} steps already, and {checked.total_steps} are asked for")
         return folder
     with ray_session(recipe, train_needs(recipe)), ExitStack() as stack:
         if fresh and folder.exists():

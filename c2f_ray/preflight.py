@@ -262,7 +262,10 @@ def check_continued(recipe: Recipe, architecture: dict[str, Any]) -> tuple[Check
                 for key in other
             )
         )
-    notes += [f"changed since the run was last started: {line}" for line in changed.values()]
+    notes += [
+        f"changed since the run was last started: {line} (--fresh, or another run.name, starts anew)"
+        for line in changed.values()
+    ]
     return checkpoint, [*notes, f"continues from {checkpoint.folder}"]
 
 

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from c2f_ray.errors import RecipeError
 from c2f_ray.plan.clusters import actors_of
 from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.timeline import Event, Span, last_steps, read_trace, spans_of
@@ -40,7 +41,10 @@ CURVES = [
 def watch(folder: Path, *, once: bool, console: Console | None = None) -> None:
     """Shows a run's folder until the run has ended, or one frame of it where there is no terminal, or ``once``."""
     console = console or Console()
-    recipe = load_recipe(folder / "recipe.yaml")
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+    except RecipeError as error:
+        raise RecipeError(*(f"{folder / 'recipe.yaml'}: {problem}" for problem in error.problems)) from None
     if once or not console.is_terminal:
         console.print(frame(folder, recipe, time.time()))
         return

@@ -116,9 +116,10 @@ def test_a_run_goes_on_from_its_checkpoint(begun: Path):
     )
     assert checked.resume is not None
     assert (checked.resume.state.step, checked.resume.state.position) == (3, 192)
+    anew = "(--fresh, or another run.name, starts anew)"
     assert checked.notes == [
-        "changed since the run was last started: learner.ranks: 2 before, 1 now",
-        "changed since the run was last started: learner.optimizer.lr: 0.0005 before, 0.0001 now",
+        f"changed since the run was last started: learner.ranks: 2 before, 1 now {anew}",
+        f"changed since the run was last started: learner.optimizer.lr: 0.0005 before, 0.0001 now {anew}",
         "continues from runs/tiny/checkpoints/step_000003",
     ]
     fresh = check_train(load_recipe(CONFIGS / "tiny.yaml"), fresh=True)
