@@ -27,7 +27,7 @@ T_95 = 2.776  # Student's t for 4 degrees of freedom, two-sided, 95%
 def main() -> None:
     os.chdir(ROOT)
     build_world(Path(".cache/tiny"))
-    found: dict[str, dict[str, list[float]]] = {mode: {"reward_last": [], "seconds": []} for mode in MODES}
+    found: dict[str, dict[str, list[float]]] = {mode: {"reward_last": []} for mode in MODES}
     runs = []
     for seed in SEEDS:
         for mode, settings in MODES.items():
@@ -35,7 +35,6 @@ def main() -> None:
             runs.append(train(recipe, fresh=True))
             lines = read_metrics(runs[-1] / "metrics.jsonl")
             found[mode]["reward_last"].append(round(fmean(line["reward/mean"] or 0.0 for line in lines[-ENDS:]), 4))
-            found[mode]["seconds"].append(round(sum(line["time/step_s"] or 0.0 for line in lines), 1))
             print(mode, seed, found[mode], flush=True)
     write_report(runs[0], runs[1:])
     rewards = [found[mode]["reward_last"] for mode in MODES]
