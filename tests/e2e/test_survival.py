@@ -20,7 +20,7 @@ PLAN = {(1, "generation"): ["rollout"], (2, "transfer"): ["rollout"], (3, "scori
 PLAN |= {(4, "learning"): ["learner"]}
 # An engine and a rank that hang are as good as dead when their deadline is over.
 HANG = {(1, "generation"): ["rollout"], (3, "learning"): ["learner"]}
-DEADLINES = ["rollout.timeout_s=15", "learner.timeout_s=15"]
+DEADLINES = ["rollout.timeout_s=20", "learner.timeout_s=20"]
 FROM_THE_ENGINE = ("logprob_gap/", "importance/")  # in other company last bits differ
 
 
