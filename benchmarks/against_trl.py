@@ -374,7 +374,7 @@ def ratio(found: dict[str, list[dict[str, Any]]], side: str, figure: str = "samp
 
 
 def compared(found: dict[str, list[dict[str, Any]]], limit: int) -> dict[str, Any]:
-    """Our figures over TRL's, and of each side the round whose speed is its median."""
+    """Our figures over TRL's, and of each side the round in the middle, of two the quicker."""
     return {
         "limit": limit,
         "samples_per_s_over_trl": ratio(found, "ours"),

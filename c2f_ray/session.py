@@ -18,7 +18,7 @@ from c2f_ray.recipe.schema import reward_parts
 from c2f_ray.reward.rewards import scorers
 
 PROBE_S = 5.0
-SPARE_CPUS = 2  # for tasks: merging, and writing trajectories
+SPARE_CPUS = 2  # for tasks, such as merging
 
 
 def train_needs(recipe: Recipe) -> Needs:
@@ -108,10 +108,12 @@ def _connect(address: str | None, cpus: int) -> bool:
     if address != "local":
         try:
             found = address or "auto"
-            if problem := unreachable(found):
+            if not (problem := unreachable(found)):
+                ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+                return False
+            if address:
                 raise ConnectionError(problem)
-            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
-            return False
+            print(f"the cluster that was started here is gone ({problem}); a new one starts", flush=True)
         except (ConnectionError, ValueError) as error:
             if address:
                 raise RecipeError(f"RAY_ADDRESS: {address}: no cluster answers there: {error}") from None

@@ -71,10 +71,16 @@ def connect() -> Iterator[Finding]:
         return
     try:
         if problem := unreachable(address):
-            yield failure(
-                f"Ray: RAY_ADDRESS={address}: {problem}",
-                "start the head (ray start --head), name its address, or set RAY_ADDRESS=local to need no cluster",
-            )
+            if "RAY_ADDRESS" in os.environ:
+                yield failure(
+                    f"Ray: RAY_ADDRESS={address}: {problem}",
+                    "start the head (ray start --head), name its address, or set RAY_ADDRESS=local to need no cluster",
+                )
+            else:
+                yield warning(
+                    f"Ray: the cluster that was started here is gone: {problem}",
+                    "start its head again (ray start --head), or let a run start one of its own",
+                )
             return
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:

@@ -138,6 +138,7 @@ class RolloutPool:
         deadline = time.monotonic() + self.timeout_s
         ready: list[Any] = []  # streams that have something to read
         owed: list[list[RolloutRequest]] = split(requests, len(self.actors))  # not yet given to an actor
+        streams = self.streams = {}
         try:
             while self.streams or any(owed):
                 if any(owed) and not self.serving:
@@ -172,7 +173,7 @@ class RolloutPool:
                         owed += self._give_up(number, silent)
                     deadline = time.monotonic() + self.timeout_s
         finally:
-            self.streams = {}
+            streams.clear()  # not those of a later call, where this one is given up late
             if stop_key and stopped:
                 _internal_kv_del(stop_key)
 

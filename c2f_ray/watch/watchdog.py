@@ -34,7 +34,9 @@ class Watchdog:
             self.look()
 
     def look(self) -> None:
-        busy = {each.actor: each for find in self.watched for each in find()}
+        found = [each for find in self.watched for each in find()]
+        found.sort(key=lambda each: -each.silent_s)
+        busy = {each.actor: each for each in found}  # of several calls of an actor the one last heard of
         self.said_s = {actor: said_s for actor, said_s in self.said_s.items() if self._still(busy.get(actor), said_s)}
         for actor, each in busy.items():
             if each.silent_s >= 2 * self.said_s.get(actor, SHARE / 2 * each.timeout_s):
@@ -49,4 +51,4 @@ class Watchdog:
 
     def close(self) -> None:
         self.closed.set()
-        self.thread.join()
+        self.thread.join(LOOK_S)

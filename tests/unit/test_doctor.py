@@ -202,6 +202,10 @@ def test_a_cluster_that_is_gone_but_whose_name_was_left_behind_is_not_waited_for
         left = f"127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda address: left)
         assert str(unreachable("auto")).startswith(f"nothing answers at {left}: ")
+        monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        (found,) = told(cluster.connect())
+    assert found.startswith(f"warning  Ray: the cluster that was started here is gone: nothing answers at {left}: ")
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("failure", 1)])

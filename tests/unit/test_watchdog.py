@@ -1,5 +1,7 @@
 """What is said of actors that do not answer."""
 
+from threading import Event
+
 from c2f_ray.watch.watchdog import Busy, Watchdog
 
 
@@ -20,7 +22,7 @@ def test_a_silence_is_told_at_a_quarter_of_the_deadline_and_each_time_it_has_dou
 
 def test_who_answered_or_is_done_may_be_silent_anew():
     said: list[str] = []
-    busy = [Busy("a", "x", 130, 400)]
+    busy: list[Busy] = []
     dog = Watchdog([lambda: busy], said.append)
     for silences in ([130], [5], [110], [], [120], [150]):
         busy[:] = [Busy("a", "x", silent_s, 400) for silent_s in silences]
@@ -33,9 +35,15 @@ def test_who_answered_or_is_done_may_be_silent_anew():
     dog.close()
 
 
-def test_the_thread_looks_by_itself_and_ends(monkeypatch):
-    from threading import Event
+def test_an_actor_with_two_calls_is_as_silent_as_the_one_last_heard_of():
+    said: list[str] = []
+    dog = Watchdog([lambda: [Busy("a", "old", 300, 400), Busy("a", "new", 90, 400)]], said.append)
+    dog.look()
+    assert said == []
+    dog.close()
 
+
+def test_the_thread_looks_by_itself_and_ends(monkeypatch):
     monkeypatch.setattr("c2f_ray.watch.watchdog.LOOK_S", 0.01)
     heard = Event()
     dog = Watchdog([lambda: [Busy("a", "x", 9, 10)]], lambda line: heard.set())
