@@ -10,8 +10,7 @@ from c2f_ray import evaluate, load_recipe, merge, train
 path, *overrides = sys.argv[1:] or ["configs/tiny.yaml"]
 recipe = load_recipe(path, *overrides)
 folder = train(recipe)
-if not (folder / "fine").is_dir():  # it is there when all of it is
-    merge(recipe)
+merge(recipe)
 evaluation = evaluate(recipe)
 rewards = {model["name"]: model["metrics"]["reward"] for model in evaluation["models"]}
 print(f"{folder}: best of {', '.join(rewards)}: {evaluation['best']}, reward {rewards.get(evaluation['best'])}")

@@ -12,9 +12,8 @@ from xxhash import xxh3_128
 from c2f_ray.data.model_folder import copy_tokenizer
 from c2f_ray.data.shards import write_index
 from c2f_ray.merging.methods import FORMULAS, ROLES
-from c2f_ray.merging.plan import MergePlan
+from c2f_ray.merging.plan import MANIFEST, MergePlan
 from c2f_ray.merging.shards import Variant
-from c2f_ray.recipe.schema import MERGE_METHODS_WITH
 
 LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a model card's header
 
@@ -22,14 +21,14 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a model card'
 def write_companions(plan: MergePlan, records: Sequence[Mapping[str, Any]]) -> None:
     """Completes the folder of each variant. ``records`` are in the order of the plan's shards."""
     inputs = _input_summary(plan, records)
-    for variant in plan.variants:
+    for variant in plan.todo:
         folder = plan.aside / variant.name
         files = {s.file_name: record["files"][variant.name] for s, record in zip(plan.shards, records, strict=True)}
         copy_tokenizer(str(plan.models.folders["instruct"]), folder)
         _write_config(plan, folder)
         write_index(folder, plan.shards)
         manifest = _manifest(plan, variant, inputs, files)
-        (folder / "merge.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         (folder / "README.md").write_text(_card(plan, variant, manifest))
 
 
@@ -64,22 +63,18 @@ def _manifest(
 ) -> dict[str, Any]:
     ratios: dict[str, Any] = {f"{ratio:g}": ratio for ratio in plan.recipe.ratios}
     ratios |= {schedule.name: schedule.model_dump() for schedule in plan.recipe.schedules}
-    taken = {
-        name: getattr(plan.settings, name) for name, users in MERGE_METHODS_WITH.items() if variant.method in users
-    }
-    if variant.method == "dare":
-        taken["seed"] = plan.settings.seed
     return {
         "method": variant.method,
         "formula": FORMULAS[variant.method],
         "ratio": ratios[variant.label],
-        **taken,
+        **plan.settings_of(variant),
         "dtype": plan.recipe.dtype or "of the instruct model",
         "allow": plan.recipe.allow,
         "tokens_kept_from_instruct": plan.models.absent_tokens,
         "inputs": {role: inputs[role] for role in ROLES[variant.method]},
         "files_xxh3_128": dict(files),
-        "versions": plan.identity["versions"],
+        "versions": plan.versions,
+        "identity": plan.identity[variant.name],
     }
 
 

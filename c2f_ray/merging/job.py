@@ -30,14 +30,17 @@ from c2f_ray.session import ray_session
 def merge(recipe: Recipe) -> list[Path]:
     """Write the recipe's fine actors, as ``METHOD-RATIO`` in the run's `fine/`, and return their folders.
 
-    Raises RecipeError, with nothing written, when the models cannot be merged or an output folder exists.
+    Those that are there already, of the same inputs and settings, stay. Raises RecipeError, with nothing written, when
+    the models cannot be merged, or a folder is there that was made of others.
     """
     plan = check_merge(recipe)
-    with ray_session(recipe, Needs(gpus=0, cpus=1)):
-        return run_merge(plan)
+    if plan.todo or plan.goes_on():
+        with ray_session(recipe, Needs(gpus=0, cpus=1)):
+            run_merge(plan)
+    return [plan.out / variant.name for variant in plan.variants]
 
 
-def run_merge(plan: MergePlan) -> list[Path]:
+def run_merge(plan: MergePlan) -> None:
     """Carry out the plan in an initialised Ray; one task writes one shard of every variant.
 
     Raises DeadlineError when no shard is finished in the recipe's time, and C2FError when one cannot be written.
@@ -51,7 +54,7 @@ def run_merge(plan: MergePlan) -> list[Path]:
             replace_file(aside / "plan.json", json.dumps(plan.identity))
         if not plan.published.exists():
             shutil.rmtree(aside / "tmp", ignore_errors=True)  # what was being written
-            for name in ("tmp", "records", *(variant.name for variant in plan.variants)):
+            for name in ("tmp", "records", *(variant.name for variant in plan.todo)):
                 (aside / name).mkdir(exist_ok=True)
             _run_tasks(plan, [shard for shard in plan.shards if not _record(plan, shard).exists()], strategy)
             records = [json.loads(_record(plan, shard).read_text()) for shard in plan.shards]
@@ -60,13 +63,11 @@ def run_merge(plan: MergePlan) -> list[Path]:
                 (aside / DIAGNOSIS).write_text(json.dumps(diagnose(records), indent=1) + "\n")
             plan.published.touch()
         plan.out.mkdir(exist_ok=True)
-        for name in (variant.name for variant in plan.variants):
-            if (aside / name).exists():
-                (aside / name).rename(plan.out / name)
+        for variant in plan.todo:
+            (aside / variant.name).rename(plan.out / variant.name)
         if (aside / DIAGNOSIS).exists():
             (aside / DIAGNOSIS).rename(plan.out.with_name(DIAGNOSIS))
         shutil.rmtree(aside)
-    return [plan.out / variant.name for variant in plan.variants]
 
 
 def _record(plan: MergePlan, shard: Shard) -> Path:
@@ -91,7 +92,7 @@ def _run_tasks(plan: MergePlan, shards: Sequence[Shard], strategy: NodeAffinityS
     """Merge the shards in Ray tasks of one CPU each."""
     remote = ray.remote(num_cpus=1)(merge_shard).options(scheduling_strategy=strategy)
     files = {role: {name: spec.file for name, spec in tensors.items()} for role, tensors in plan.models.tensors.items()}
-    work = ray.put(Work(files, plan.models.rows, plan.variants, plan.settings, plan.aside))
+    work = ray.put(Work(files, plan.models.rows, plan.todo, plan.settings, plan.aside))
     names = {remote.remote(shard, work): shard.file_name for shard in shards}
     pending = list(names)
     timeout_s = plan.recipe.timeout_s

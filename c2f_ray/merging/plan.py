@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from xxhash import xxh3_128
 
 from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards, tensor_bytes
 from c2f_ray.errors import RecipeError
@@ -17,10 +18,11 @@ from c2f_ray.merging.ratios import schedule_ratios
 from c2f_ray.merging.shards import Variant
 from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Merge
+from c2f_ray.recipe.schema import MERGE_METHODS_WITH, Merge
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers")
+MANIFEST = "merge.json"  # in each fine actor's folder
 NUM_SHARDS = 32  # about: as many tasks can work at the same time
 SHARD_BYTES = (2**25, MAX_SHARD_BYTES)  # least and most
 
@@ -47,20 +49,48 @@ class MergePlan:
         return self.aside / "complete"
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """All that the bytes of the output depend on. Work left by a merge with the same one can be gone on with."""
-        files = {
+    def todo(self) -> list[Variant]:
+        """Those that are not there yet."""
+        return [variant for variant in self.variants if not (self.out / variant.name).exists()]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """By variant, a digest of all that its bytes depend on."""
+        inputs = {
             role: {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in self._input_files(role)}
             for role in self.models.folders
         }
-        identity = {
-            "inputs": files,
-            "settings": asdict(self.settings),
+        common = {
+            "dtype": self.recipe.dtype,
+            "allow": self.recipe.allow,
             "shards": [asdict(shard) for shard in self.shards],
-            "recipe": self.recipe.model_dump(exclude={"timeout_s"}),
-            "versions": {name: version(name) for name in VERSIONS},
+            "versions": self.versions,
         }
-        return json.loads(json.dumps(identity))
+        return {
+            variant.name: xxh3_128(
+                json.dumps(
+                    {
+                        **common,
+                        **self.settings_of(variant),
+                        "method": variant.method,
+                        "ratios": variant.ratios,
+                        "inputs": {role: inputs[role] for role in ROLES[variant.method]},
+                    }
+                ).encode()
+            ).hexdigest()
+            for variant in self.variants
+        }
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in VERSIONS}
+
+    def settings_of(self, variant: Variant) -> dict[str, float]:
+        """What its method takes beside a ratio."""
+        names = [name for name, users in MERGE_METHODS_WITH.items() if variant.method in users]
+        return {
+            name: getattr(self.settings, name) for name in [*names, *(["seed"] if variant.method == "dare" else [])]
+        }
 
     def _input_files(self, role: str) -> list[Path]:
         folder = self.models.folders[role]
@@ -68,9 +98,10 @@ class MergePlan:
         return sorted(weights | {path for path in folder.iterdir() if path.is_file()})
 
     def goes_on(self) -> bool:
-        """Whether an earlier merge of the same identity has left its work."""
+        """Whether an earlier merge of the same has left its work on all that is still to do."""
         path = self.aside / "plan.json"
-        return path.is_file() and json.loads(path.read_text()) == self.identity
+        begun = path.is_file() and json.loads(path.read_text()) == self.identity
+        return begun and all((self.aside / variant.name).is_dir() for variant in self.todo)
 
 
 def check_merge(recipe: Recipe) -> MergePlan:
@@ -124,20 +155,26 @@ def _variants(settings: Merge, tensors: Sequence[str]) -> list[Variant]:
 
 
 def _check_outputs(plan: MergePlan) -> None:
-    goes_on = plan.goes_on()
     problems = [
-        f"merge: {plan.out / variant.name} exists and is not overwritten: remove it, or give other merge.ratios"
+        f"merge: {plan.out / variant.name} is there, of other inputs, settings or versions, and is not overwritten: "
+        "remove it, or give other merge.ratios"
         for variant in plan.variants
-        if (plan.out / variant.name).exists() and not (goes_on and plan.published.exists())
+        if variant not in plan.todo and _identity_of(plan.out / variant.name) != plan.identity[variant.name]
     ]
     existing = next(folder for folder in (plan.out, *plan.out.parents) if folder.is_dir())
     left = sum(path.stat().st_size for path in plan.aside.rglob("*") if path.is_file())  # to be used, or removed
-    needed_gib = (len(plan.variants) * sum(shard.num_bytes for shard in plan.shards) - left) / 2**30
+    needed_gib = (len(plan.todo) * sum(shard.num_bytes for shard in plan.shards) - left) / 2**30
     free_gib = shutil.disk_usage(existing).free / 2**30
     if needed_gib > free_gib and not plan.published.exists():
         problems.append(
-            f"merge: {len(plan.variants)} models need {needed_gib:.1f} GiB and {existing} has {free_gib:.1f} free: "
+            f"merge: {len(plan.todo)} models need {needed_gib:.1f} GiB and {existing} has {free_gib:.1f} free: "
             "take fewer merge.ratios, or another folder"
         )
     if problems:
         raise RecipeError(*problems)
+
+
+def _identity_of(folder: Path) -> str | None:
+    """What a fine actor's folder says that it was made of."""
+    manifest = folder / MANIFEST
+    return json.loads(manifest.read_text()).get("identity") if manifest.is_file() else None

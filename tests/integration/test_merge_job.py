@@ -260,15 +260,17 @@ def test_an_existing_model_is_not_overwritten(cluster, tmp_path):
     models = make_models(tmp_path, torch.float32, tied=False, max_shard_size="1GB")
     (folder,) = merge(recipe_for(models, tmp_path))
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    with pytest.raises(RecipeError, match=r"residue-0\.4 exists and is not overwritten"):
-        check_merge(recipe_for(models, tmp_path, ratios=[0.2, 0.4]))
+    assert merge(recipe_for(models, tmp_path)) == [folder]
+    with pytest.raises(RecipeError, match=r"residue-0\.4 is there, of other inputs, settings or versions, and is not"):
+        check_merge(recipe_for(models, tmp_path, ratios=[0.2, 0.4], dtype="bfloat16"))
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["residue-0.4"]
     # A killed job leaves its work in `fine.partial`, which one that merges something else replaces.
     half = tmp_path / "run" / "fine.partial" / "residue-0.1"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
-    merge(recipe_for(models, tmp_path, ratios=[0.2]))
+    merge(recipe_for(models, tmp_path, ratios=[0.2, 0.4]))
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     assert not half.parent.exists()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["residue-0.2", "residue-0.4"]
 

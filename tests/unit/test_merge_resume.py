@@ -48,7 +48,7 @@ def root(tmp_path, monkeypatch) -> Path:
     def run_here(plan: MergePlan, todo: list[shards.Shard], _: str) -> None:
         files = {role: {name: spec.file for name, spec in t.items()} for role, t in plan.models.tensors.items()}
         for shard in todo:
-            shards.merge_shard(shard, shards.Work(files, {}, plan.variants, plan.settings, plan.aside))
+            shards.merge_shard(shard, shards.Work(files, {}, plan.todo, plan.settings, plan.aside))
 
     monkeypatch.setattr(job, "_run_tasks", run_here)
     monkeypatch.setattr(job, "_strategy", lambda _: "")
@@ -107,7 +107,7 @@ def run_until(root: Path, at: int, steps: list[tuple[Any, str]], end: BaseExcept
 
 
 def test_killed_at_any_point_and_run_again(root):
-    undisturbed = run_merge(plan_in(root, "undisturbed"))
+    run_merge(plan_in(root, "undisturbed"))
     expected = contents(root / "undisturbed")
     assert len([name for name in expected if name.endswith(".safetensors")]) == 2 * 2
     at, went_on = 1, 0
@@ -116,7 +116,7 @@ def test_killed_at_any_point_and_run_again(root):
         for folder in fine.glob("*"):  # what is there is whole
             assert contents(folder) == contents(root / "undisturbed" / "fine" / folder.name)
         went_on += any((root / "killed").glob("fine.partial/records/*"))
-        assert run_merge(plan_in(root, "killed")) == [fine / folder.name for folder in undisturbed]
+        run_merge(plan_in(root, "killed"))
         assert contents(root / "killed") == expected
         shutil.rmtree(root / "killed")
         at += 1
@@ -164,18 +164,57 @@ def test_what_is_finished_is_not_done_again_and_only_for_the_same_merge(root, mo
     run_merge(plan_in(root, "run"))
     assert merged == [first, second, second]
     # Another seed, another input: everything again.
-    for change in (["run.seed=1"], []):
-        merged[:] = [""]
+    for change in (["run.seed=2"], []):
+        merged.clear()
         with pytest.raises(C2FError):
             run_merge(plan_in(root, "other", "merge.ratios=[0.125]"))
         if not change:
             os.utime(root / "coarse" / "model.safetensors")
         run_merge(plan_in(root, "other", "merge.ratios=[0.125]", *change))
-        assert merged == ["", first, first, second]
+        assert merged == [first, second, first, second]
         shutil.rmtree(root / "other")
 
 
-def test_finished_models_are_not_overwritten(root):
+def test_finished_models_stay_and_others_come_beside_them(root):
     run_merge(plan_in(root, "run"))
-    with pytest.raises(RecipeError, match=r"residue-0\.25 exists and is not overwritten"):
+    before = contents(root / "run" / "fine")
+    again = plan_in(root, "run", "merge.timeout_s=7", "merge.methods=[residue]")
+    assert (again.todo, again.goes_on()) == ([], False)
+    more = plan_in(root, "run", "merge.ratios=[0.25, 0.5]", "merge.scale=0.5", "merge.methods=[residue, ties]")
+    assert [variant.name for variant in more.todo] == ["residue-0.5", "ties-0.25", "ties-0.5"]
+    run_merge(more)
+    after = contents(root / "run" / "fine")
+    assert before.items() <= after.items()
+    assert len(after) == len(before) // 2 * 5
+    assert not (root / "run" / "fine.partial").exists()
+    said = r"merge: \S+dare-0\.25 is there, of other inputs, settings or versions, and is not overwritten: remove it"
+    with pytest.raises(RecipeError, match=said):
+        plan_in(root, "run", "run.seed=2")
+    os.utime(root / "base" / "model.safetensors")
+    with pytest.raises(RecipeError, match=r"residue-0\.25 is there, of other inputs"):
         plan_in(root, "run")
+    (root / "run" / "fine" / "dare-0.25" / "merge.json").unlink()
+    with pytest.raises(RecipeError, match=r"dare-0\.25 is there, of other inputs"):
+        plan_in(root, "run")
+
+
+def test_work_on_a_model_that_was_removed_since_is_not_gone_on_with(root, monkeypatch):
+    """Two models were there and a third was under way: its work knows nothing of the first."""
+    run_merge(plan_in(root, "run"))
+    expected = contents(root / "run" / "fine" / "residue-0.25")
+    merge_shard = shards.merge_shard
+
+    def failing(shard: shards.Shard, work: shards.Work) -> None:
+        merge_shard(shard, work)
+        raise C2FError("killed")
+
+    more = ["merge.methods=[residue]", "merge.ratios=[0.25, 0.5]"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "merge_shard", failing)
+        with pytest.raises(C2FError, match="killed"):
+            run_merge(plan_in(root, "run", *more))
+    assert plan_in(root, "run", *more).goes_on()
+    shutil.rmtree(root / "run" / "fine" / "residue-0.25")
+    assert not plan_in(root, "run", *more).goes_on()
+    run_merge(plan_in(root, "run", *more))
+    assert contents(root / "run" / "fine" / "residue-0.25") == expected
