@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from c2f_ray.errors import C2FError, RecipeError, StoppedError
 from c2f_ray.recipe import Recipe, load_recipe
@@ -56,7 +55,8 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate base, instruct, coarse and every fine actor on held-out prompts."""
     loaded = _load(recipe, overrides)
     from c2f_ray.evaluation.job import evaluate
-    from c2f_ray.watch.report import format_table, table_console
+    from c2f_ray.watch.progress import table_console
+    from c2f_ray.watch.report import format_table
 
     table_console().print(format_table(evaluate(loaded)))
 
@@ -108,11 +108,13 @@ def plan(
     from c2f_ray.plan.clusters import chosen_nodes
     from c2f_ray.plan.estimate import estimate
     from c2f_ray.plan.table import format_estimate
+    from c2f_ray.watch.progress import table_console
 
     network = network_gbits * 1e9 / 8
     nodes = chosen_nodes(loaded, cluster, gpus, gpus_per_node, gpu, gpu_memory_gib)
     found = estimate(loaded, nodes, network)
-    Console().print(format_estimate(found, network))
+    console = table_console()
+    console.print(format_estimate(found, network))
     for problem in found.problems:
         print(f"does not fit: {problem}", file=sys.stderr)
     if found.problems:
@@ -121,7 +123,7 @@ def plan(
         from c2f_ray.plan.simulate import format_simulation
         from c2f_ray.plan.simulate import simulate as run_simulation
 
-        Console().print(format_simulation(run_simulation(loaded, found, network)))
+        console.print(format_simulation(run_simulation(loaded, found, network)))
 
 
 @app.command()
@@ -150,10 +152,10 @@ def doctor(
 
     failed = False
     for where, findings in diagnose(loaded, all_nodes=all_nodes):
-        print(f"{where}:")
+        print(f"{where}:", flush=True)
         for finding in findings:
             print(f"  {finding}", flush=True)
-        failed = failed or any(finding.level == "failure" for finding in findings)
+            failed = failed or finding.level == "failure"
     sys.exit(int(failed))
 
 

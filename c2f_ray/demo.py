@@ -16,7 +16,8 @@ from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.session import ray_session, train_needs
 from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
-from c2f_ray.watch.report import format_table, table_console, write_report
+from c2f_ray.watch.progress import table_console
+from c2f_ray.watch.report import format_table, write_report
 
 WORLD = {
     "base": "the base model",

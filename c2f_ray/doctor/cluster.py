@@ -5,7 +5,8 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Timer
@@ -25,18 +26,23 @@ GUARD_S = 90.0  # for a client to start and be refused
 TIMEOUT_S = 300.0
 
 
-def diagnose(recipe: Recipe | None, *, all_nodes: bool) -> Iterator[tuple[str, list[Finding]]]:
-    """(where, findings), as they are found."""
+def diagnose(recipe: Recipe | None, *, all_nodes: bool) -> Iterator[tuple[str, Iterable[Finding]]]:
+    """(where, findings), as they are found: those of one place must be read before the next place is asked for."""
     yield "this machine", check_node(recipe)
     started = not ray.is_initialized()
-    found = [*token(), *connect()]
-    if ray.is_initialized():
-        found += [*guard(ray.get_runtime_context().gcs_address), *resources(recipe)]
-    yield "Ray", found
+    yield "Ray", _ray(recipe)
     if all_nodes and ray.is_initialized():
         yield from each_node(recipe)
     if started and ray.is_initialized():
         ray.shutdown()
+
+
+def _ray(recipe: Recipe | None) -> Iterator[Finding]:
+    yield from token()
+    yield from connect()
+    if ray.is_initialized():
+        yield from guard(ray.get_runtime_context().gcs_address)
+        yield from resources(recipe)
 
 
 def token() -> Iterator[Finding]:
@@ -145,19 +151,23 @@ def _node(node: dict[str, Any]) -> Node:
     return Node(node["NodeManagerAddress"], int(has.get("GPU", 0)), int(has.get("CPU", 0)))
 
 
-def each_node(recipe: Recipe | None) -> Iterator[tuple[str, list[Finding]]]:
+def each_node(recipe: Recipe | None) -> Iterator[tuple[str, Iterable[Finding]]]:
     """A node's checks on every node; whether all see the run's folder; and a broadcast between them."""
     nodes = _alive()
-    refs = [_on(node, check_node).remote(recipe) for node in nodes]
+    refs = [_on(node, _findings_of).remote(check_node, recipe) for node in nodes]
     for node, ref in zip(nodes, refs, strict=True):
         yield f"node {node['NodeManagerAddress']}", _findings(ref)
     if len(nodes) > 1:
-        yield "between nodes", [*sees_run_folder(recipe, nodes), *broadcast(nodes)]
+        yield "between nodes", chain(sees_run_folder(recipe, nodes), broadcast(nodes))
 
 
 def _on(node: dict[str, Any], function: Any, gpus: int = 0) -> Any:
     where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return ray.remote(function).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=where, max_retries=0)
+
+
+def _findings_of(check: Callable[[Recipe | None], Iterator[Finding]], recipe: Recipe | None) -> list[Finding]:
+    return list(check(recipe))
 
 
 def _findings(ref: Any) -> list[Finding]:

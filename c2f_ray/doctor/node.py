@@ -54,18 +54,14 @@ def failure(what: str, remedy: str) -> Finding:
     return Finding("failure", what, remedy)
 
 
-def check_node(recipe: Recipe | None) -> list[Finding]:
-    """All checks, here. One that cannot be made is a failure of its own."""
-    found: list[Finding] = []
+def check_node(recipe: Recipe | None) -> Iterator[Finding]:
+    """All checks, here, as they are made. One that cannot be made is a failure of its own."""
     for check in (versions, gpus, shared_memory, run_folder, models, broadcasts):
         try:
-            found += check(recipe)
+            yield from check(recipe)
         except Exception as error:  # what is broken is not known beforehand
             told = f"{type(error).__name__}: {error}".splitlines()[0]
-            found.append(
-                failure(f"{check.__name__.replace('_', ' ')}: cannot be checked: {told}", "make that work first")
-            )
-    return found
+            yield failure(f"{check.__name__.replace('_', ' ')}: cannot be checked: {told}", "make that work first")
 
 
 def versions(recipe: Recipe | None) -> Iterator[Finding]:

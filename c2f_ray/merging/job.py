@@ -22,7 +22,7 @@ from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
 from c2f_ray.merging.files import replace_file, room_in
 from c2f_ray.merging.plan import MergePlan, check_merge
 from c2f_ray.merging.shards import Work, merge_shard
-from c2f_ray.preflight import Needs
+from c2f_ray.preflight import Needs, run_folder
 from c2f_ray.recipe import Recipe
 from c2f_ray.session import ray_session
 
@@ -37,7 +37,7 @@ def merge(recipe: Recipe) -> list[Path]:
     if plan.todo or plan.goes_on():
         with ray_session(recipe, Needs(gpus=0, cpus=1)):
             run_merge(plan)
-    return [plan.out / variant.name for variant in plan.variants]
+    return [run_folder(recipe) / "fine" / variant.name for variant in plan.variants]
 
 
 def run_merge(plan: MergePlan) -> None:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,6 +26,7 @@ from c2f_ray.plan.clusters import CPU
 from c2f_ray.plan.estimate import Estimate
 from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.schedule import Step, num_rollouts, step
+from c2f_ray.plan.table import told_seconds
 from c2f_ray.preflight import Checked, Needs
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import FixedLength, RejectionSamplingLearner, reward_parts
@@ -188,12 +190,14 @@ def format_simulation(found: Simulation) -> RenderableType:
         table.add_column(name, justify="right")
     for number, simulated in enumerate(found.steps, start=1):
         cells = [*(simulated.parts[part] for part in PARTS), simulated.driver, simulated.seconds]
-        table.add_row(str(number), *(f"{cell:,.3g}" if cell < 100 else f"{cell:,.0f}" for cell in cells))
+        table.add_row(str(number), *(told_seconds(cell) for cell in cells))
     until = max(span.ended or 0.0 for span in found.spans)
+    taken = median(step.seconds for step in found.steps)
     return Group(
         table,
-        f"by the estimate: {found.planned.seconds:,.3g} s a step",
-        timeline_table(found.spans, until, f"0 to {until:,.3g} s"),
-        f"the real driver on fake actors that only wait; one second of it stands for {found.scale:,.3g}, but for those "
-        "of the driver, which are real and of this machine",
+        f"by the estimate {told_seconds(found.planned.seconds)} s a step, simulated {told_seconds(taken)} s, "
+        f"{taken / found.planned.seconds - 1:+.0%}: what is more is how busy this machine is",
+        timeline_table(found.spans, until, f"0 to {told_seconds(until)} s"),
+        f"the real driver on fake actors that only wait; one second of it stands for {told_seconds(found.scale)}, but "
+        "for those of the driver, which are real and of this machine",
     )

@@ -75,7 +75,7 @@ def _size(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def _seconds(seconds: float) -> str:
+def told_seconds(seconds: float) -> str:
     return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.2g}"
 
 
@@ -101,9 +101,9 @@ def _schedule(found: Estimate) -> Table:
     table = _table("one step, seconds", "response limit", *(f"{limit} tokens" for limit in found.steps))
     steps = list(found.steps.values())
     for name in ("rollout", "reward", "learner", "weights"):
-        table.add_row(name, *(_seconds(getattr(step, name)) for step in steps))
+        table.add_row(name, *(told_seconds(getattr(step, name)) for step in steps))
     table.add_section()
-    table.add_row("step", *(_seconds(step.seconds) for step in steps))
+    table.add_row("step", *(told_seconds(step.seconds) for step in steps))
     table.add_row("sequences in an engine's KV cache", *(str(engine.in_flight) for engine in found.engines.values()))
     return table
 
@@ -121,6 +121,8 @@ def _lines(found: Estimate, network: float) -> Iterator[str]:
         yield from _costs(found)
         yield "assumed:"
         yield from (f"- {assumption}" for assumption in ASSUMPTIONS)
+    else:
+        yield "seconds are estimated for GPUs alone; on CPUs each process needs memory for its libraries as well"
     for node, actors in zip(found.nodes.nodes, found.placed, strict=True):
         if node.gpus and not any(actor.gpus for actor in actors):
             yield f"note: {node.gpus} GPUs of a node ({node.kind}) have nothing to do"
@@ -136,9 +138,9 @@ def _costs(found: Estimate) -> Iterator[str]:
         told = " ".join(f"{key}={count}" for key, count in counts.items())
         gain = 1 - seconds / longest.seconds
         if sum(actor.gpus for actor in actors_of(found.recipe)) > found.nodes.gpus:
-            yield f"{found.nodes.gpus} GPUs have room for {told}: {_seconds(seconds)} s a step"
+            yield f"{found.nodes.gpus} GPUs have room for {told}: {told_seconds(seconds)} s a step"
         elif gain > 0.02:
-            yield f"a quicker split of as many GPUs: {told}: {_seconds(seconds)} s a step, {gain:.0%} less"
+            yield f"a quicker split of as many GPUs: {told}: {told_seconds(seconds)} s a step, {gain:.0%} less"
         else:
             yield "no other split of as many GPUs makes a step 2% quicker"
     if len(found.steps) > 1:

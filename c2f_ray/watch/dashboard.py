@@ -72,7 +72,7 @@ def frame(folder: Path, recipe: Recipe, now: float) -> RenderableType:
         parts.append(timeline_table(shown, until, f"{_clock(began)} to {_clock(until)}"))
     if lines:
         parts.append(_curves(lines))
-    parts.append(_roles(recipe, shown, [] if over else spans, until))
+    parts.append(_roles(recipe, shown, None if over else spans, until))
     notes = [event for event in events if event["ph"] == "i"][-NOTES_SHOWN:]
     parts += [Text(f"{_clock(event['ts'] / 1e6)} {_first_line(event['name'])}", style="dim") for event in notes]
     return Panel(Group(*parts), title=f"c2f_ray {folder.resolve().name}", title_align="left", border_style="dim")
@@ -138,10 +138,10 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
 
-def _roles(recipe: Recipe, shown: Sequence[Span], spans: Sequence[Span], until: float) -> Table:
-    """Actors and GPUs of each role, its share of the time that is shown, and how far its stage is."""
+def _roles(recipe: Recipe, shown: Sequence[Span], spans: Sequence[Span] | None, until: float) -> Table:
+    """Actors and GPUs of each role, its share of the time that is shown, and of a run that is not over its stage."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("role", "actors", "GPUs", "busy", "in work"):
+    for title in ("role", "actors", "GPUs", "busy", *(["in work"] if spans is not None else [])):
         table.add_column(title, justify="left" if title in ("role", "in work") else "right")
     actors = actors_of(recipe)
     together = until - min((span.began for span in shown), default=until)
@@ -149,9 +149,12 @@ def _roles(recipe: Recipe, shown: Sequence[Span], spans: Sequence[Span], until: 
         mine = [actor for actor in actors if actor.role == role]
         busy = sum((span.ended or until) - span.began for span in shown if span.row == role)
         share = f"{busy / together:.0%}" if together else ""
-        doing = [f"{span.name}, {until - span.began:.0f} s" for span in spans if span.row == role and not span.ended]
         gpus = sum(actor.gpus for actor in mine)
-        table.add_row(role, str(len(mine) or 1), str(gpus), share, ", ".join(doing))
+        cells = [role, str(len(mine) or 1), str(gpus), share]
+        if spans is not None:
+            doing = [span for span in spans if span.row == role and span.ended is None]
+            cells.append(", ".join(f"{span.name}, {until - span.began:.0f} s" for span in doing))
+        table.add_row(*cells)
     return table
 
 

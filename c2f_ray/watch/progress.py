@@ -99,3 +99,9 @@ def duration(seconds: float) -> str:
     """Hours, minutes and seconds, such as 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def table_console() -> Console:
+    """For tables, which do not fit into the 80 columns that a log is taken to have."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 140))

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -97,12 +97,6 @@ def format_table(evaluation: Mapping[str, Any]) -> Group:
     content = _table(evaluation)
     verdicts = Text("\n".join(f"{name} {verdict}" for name, verdict in content["verdicts"].items()))
     return Group(_terminal(content, verdicts), *(_terminal(table) for table in content["judged"]))
-
-
-def table_console() -> Console:
-    """For the tables, which do not fit into the 80 columns that a log is taken to have."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 140))
 
 
 def _terminal(content: Mapping[str, Any], below: Text | None = None) -> Table:

@@ -7,15 +7,17 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from c2f_ray import driver, load_recipe, train
+from c2f_ray import driver
+from c2f_ray.cli import app
 from c2f_ray.errors import C2FError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.watch.metrics import read_metrics
+from tests.documented import ROOT, documented
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+COMMAND = documented("c2f-ray train configs/tiny.yaml run.trace=true run.name=traced")
 SETTINGS = [
     "run.steps=9", "prompts.per_step=6", "rollout.samples_per_prompt=2", "length.max_tokens=24",
-    "learner.max_bad_updates=2",
+    "learner.max_bad_updates=2", "learner.ranks=1",
 ]  # fmt: skip
 BAD = [2, 4, 5]
 
@@ -39,14 +41,15 @@ def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("bad_updates")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    (folder / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(driver, "LearnerGroup", FaultyLearnerGroup)
         with pytest.raises(C2FError) as error:
-            train(load_recipe(CONFIG, *SETTINGS))
+            app([*COMMAND, *SETTINGS], standalone_mode=False)
     assert "2 updates in a row were not finite, the last of them: the policy's gradient" in str(error.value)
-    assert "samples [5]; their samples are in runs/tiny/aside; lower learner.optimizer.lr" in str(error.value)
-    return folder / "runs" / "tiny"
+    assert "samples [5]; their samples are in runs/traced/aside; lower learner.optimizer.lr" in str(error.value)
+    return folder / "runs" / "traced"
 
 
 def test_a_skipped_update_is_counted_and_saved_with_its_cause(run: Path):

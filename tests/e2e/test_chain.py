@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,17 +13,21 @@ import pytest
 import ray
 from fake_judge import fake_judge
 
-from c2f_ray import load_recipe, train
+from c2f_ray import demo, load_recipe
+from c2f_ray.cli import app, main
 from c2f_ray.data.trajectory import Ragged
 from c2f_ray.errors import RecipeError
 from c2f_ray.evaluation.check import check_evaluate
+from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import read_metrics, without_timing
+from tests.documented import ROOT, documented
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "run.steps=3", "run.deterministic=true", "rollout.actors=2", "prompts.per_step=12", "rollout.shard_samples=8",
     "length.max_tokens=24", "merge.ratios=[0, 0.5]", "evaluate.num_prompts=12", "evaluate.max_tokens=32",
 ]  # fmt: skip
+ONE_ENGINE = "rollout.actors=1"
+FEW = "evaluate.models=[instruct, coarse, residue-*]"
 STEPS, PROMPTS = 3, 12
 JUDGED = [
     "evaluate.win_rate={prompts: .cache/tiny/prompts/train.jsonl, num_prompts: 4, template: configs/judge/pair.jinja}",
@@ -44,7 +50,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (folder / "configs").symlink_to(CONFIGS, target_is_directory=True)
+    (folder / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     (folder / "questions.jsonl").write_text(QUESTIONS)
     return folder
 
@@ -52,22 +58,21 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     """The folder of a run that was trained, merged, evaluated and reported by the four commands."""
-    expected = {
-        "train": "coarse actor: runs/tiny/coarse",
-        "merge": "fine actor: runs/tiny/fine/residue-0.5",
-        "evaluate": "interpolate-0.5",
-    }
     # A judge who prefers the first answer, and finds every single one worth a 7.
     with fake_judge(lambda text: "[[A]]" if "[[C]]" in text else "[[7]]") as server:
         judge = f"evaluate.judge={{kind: endpoint, url: '{server.url}', model: fake}}"
-        for command, said in expected.items():
-            judged = [judge, *JUDGED] if command == "evaluate" else []
-            done = c2f_ray(folder, command, "configs/tiny.yaml", *SMALL, *judged)
+        judged = [judge, *JUDGED, ONE_ENGINE]
+        for command, more, said in (
+            (documented("c2f-ray train configs/tiny.yaml"), [], "coarse actor: runs/tiny/coarse"),
+            (documented("c2f-ray merge configs/tiny.yaml"), [], "fine actor: runs/tiny/fine/residue-0.5"),
+            (documented("c2f-ray evaluate configs/tiny.yaml"), judged, "interpolate-0.5"),
+        ):
+            done = c2f_ray(folder, *command, *SMALL, *more)
             assert done.returncode == 0, done.stderr[-3000:]
-            assert said in done.stdout.replace(str(folder) + "/", "")
+            assert said in done.stdout
     # Of 7 models: 6 times 4 pairs in both orders, and 7 times 2 runs of 2 questions with 2 turns.
     assert len(server.requests) == 6 * 4 * 2 + 7 * 2 * 2 * 2
-    done = c2f_ray(folder, "report", "runs/tiny")
+    done = c2f_ray(folder, *documented("c2f-ray report runs/tiny"))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / "tiny"
 
@@ -143,17 +148,37 @@ def test_the_judge_reads_what_each_model_answered(run: Path):
     assert "7.00" in (run / "report.html").read_text()
 
 
-def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
-    run: Path, folder: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
-):
-    """The same run again, as a driver script would call it, in a process that refuses to unpickle ragged batches."""
+def test_watch_shows_the_end_of_the_run(run: Path, folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(folder)
+    for command in (documented("c2f-ray watch runs/tiny"), documented("c2f-ray watch runs/tiny --once")):
+        app(command, standalone_mode=False)
+        shown = capsys.readouterr().out
+        assert "step 3/3" in shown
+        assert "ended" in shown
+
+
+@pytest.fixture
+def no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process refuses to unpickle ragged batches."""
 
     def refuse(self: Ragged, state: object) -> None:
         raise AssertionError("the driver unpickled token ids")
 
-    monkeypatch.chdir(folder)
     monkeypatch.setattr(Ragged, "__setstate__", refuse, raising=False)
-    again = train(load_recipe("configs/tiny.yaml", "run.name=again", *SMALL))
+
+
+def test_the_demo_gives_the_same_bytes_and_no_token_reaches_the_driver(
+    run: Path, folder: Path, cluster: None, no_tokens: None, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    """The same again, all of it by one command."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, "build_world", partial(build_world, effort="smoke"))  # which is there
+    assert documented("make demo") == ["demo"]
+    app(["demo", "run.name=again", *SMALL, FEW], standalone_mode=False)
+    again = Path("runs/again")
+    said = capsys.readouterr().out
+    assert said.count("shown: ") + said.count("NOT SHOWN: ") == 4
+    assert "report: runs/again/report.html" in said
     assert metrics_of(again) == metrics_of(run)
     weights = [(path / "coarse" / "model.safetensors").read_bytes() for path in (run, again)]
     assert weights[0] == weights[1]
@@ -161,13 +186,32 @@ def test_the_same_seed_gives_the_same_bytes_and_no_token_reaches_the_driver(
     assert weights[0] != base
     with pytest.raises(Exception, match="the driver unpickled token ids"):
         ray.get(ray.put(Ragged.from_rows([[1]], int)))  # the guard works
+    command = documented('c2f-ray merge configs/tiny.yaml "merge.methods=[ties, dare]" merge.scale=0.8')
+    app([*command, *SMALL, "run.name=again"], standalone_mode=False)
+    fine = {path.name for path in (again / "fine").iterdir() if not path.is_symlink()}
+    assert fine == {f"{method}-{ratio}" for method in ("interpolate", "residue", "ties", "dare") for ratio in (0, 0.5)}
+
+
+def test_the_example_goes_on_where_the_run_is(
+    run: Path, folder: Path, cluster: None, no_tokens: None, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    """All is trained and merged already, and stays; the evaluation is done again."""
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    evaluated = (run / "evaluation.json").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", ["train_merge_evaluate.py", "configs/tiny.yaml", *SMALL, ONE_ENGINE, FEW])
+    runpy.run_path(str(ROOT / "examples" / "train_merge_evaluate.py"))
+    assert "runs/tiny: the best is " in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
+    assert (run / "evaluation.json").stat().st_mtime_ns > evaluated
 
 
 def test_ppo_trains_policy_and_critic_without_greedy_rollouts(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The first of two steps warms the critic up and leaves the policy alone."""
     monkeypatch.chdir(folder)
-    small = [*SMALL[:5], "run.steps=2", "learner.critic.warmup_steps=1", "learner.minibatches=3"]
-    first, second = metrics_of(train(load_recipe("configs/tiny_ppo.yaml", *small)))
+    small = [*SMALL[:5], ONE_ENGINE, "run.steps=2", "learner.critic.warmup_steps=1", "learner.minibatches=3"]
+    app([*documented("c2f-ray train configs/tiny_ppo.yaml"), *small], standalone_mode=False)
+    first, second = metrics_of(Path("runs/tiny_ppo"))
     for step, line in enumerate((first, second)):
         rows = pq.read_table(f"runs/tiny_ppo/trajectories/step_{step + 1:06d}.parquet").to_pylist()
         assert [row["sample_id"] for row in rows] == list(range(PROMPTS))
@@ -223,22 +267,32 @@ def test_coarse_and_fine_load_in_plain_transformers_and_plain_vllm(run: Path):
     [
         ("train", "learner.optimizer.lrr=1", "learner.optimizer.lrr: unknown key; did you mean learner.optimizer.lr?"),
         ("train", "policy.model=nowhere", "policy.model: nowhere: no such folder"),
-        (
-            "train",
-            "rollout.gpus_per_actor=8 rollout.memory=0.5 learner.gpus_per_rank=1",
-            "the recipe asks for 10 GPU, and this machine has 0; lower rollout.actors",
-        ),
         ("merge", "merge.ratios=[2]", "merge.ratios.0: 2: input should be less than or equal to 1"),
         ("merge", "run.seed=1", "no coarse actor there; run `c2f-ray train` with this recipe first"),
         ("evaluate", "reward.model=nowhere", "reward.model: nowhere: no such folder"),
         ("evaluate", "run.seed=1", "no coarse actor there; run `c2f-ray train` with this recipe first"),
     ],
 )
-def test_bad_input_ends_with_code_2_and_nothing_written(folder: Path, command: str, override: str, problem: str):
-    done = c2f_ray(folder, command, "configs/tiny.yaml", "run.name=bad", *override.split())
+def test_bad_input_ends_with_code_2_and_nothing_written(
+    folder: Path, command: str, override: str, problem: str, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["c2f-ray", command, "configs/tiny.yaml", "run.name=bad", override])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "")
+    assert problem in said.err
+    assert said.err.count("error: ") == 1
+    assert not (folder / "runs" / "bad").exists()
+
+
+def test_a_machine_that_is_too_small_is_found_before_any_actor_starts(folder: Path):
+    gpus = ["rollout.gpus_per_actor=8", "rollout.memory=0.5", "learner.gpus_per_rank=1"]
+    done = c2f_ray(folder, "train", "configs/tiny.yaml", "run.name=bad", *gpus)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert problem in line
+    assert "the recipe asks for 10 GPU, and this machine has 0; lower rollout.actors" in line
     assert not (folder / "runs" / "bad").exists()
 
 

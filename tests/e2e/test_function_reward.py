@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2f_ray.watch.metrics import read_metrics
+from tests.documented import ROOT, documented
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 REWARDS = """
 async def score(samples):
     for sample in samples:
@@ -23,9 +23,9 @@ async def score(samples):
 def train(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
     reward = f"reward={{kind: function, function: 'my_rewards:score', workers: 2, on_failure: {on_failure}}}"
     return subprocess.run(
-        [Path(sys.executable).with_name("c2f-ray"), "train", CONFIGS / "tiny.yaml", "run.steps=1", "prompts.per_step=8",
-         "learner.ranks=1", "prompts.source=prompts.jsonl", "prompts.shuffle=false", "rollout.samples_per_prompt=2",
-         reward],
+        [Path(sys.executable).with_name("c2f-ray"), *documented("c2f-ray train configs/tiny.yaml --fresh"),
+         "run.steps=1", "prompts.per_step=8", "learner.ranks=1", "prompts.source=prompts.jsonl",
+         "prompts.shuffle=false", "rollout.samples_per_prompt=2", reward],
         cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -33,6 +33,7 @@ def train(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
 def test_what_the_function_returns_is_the_reward_and_what_it_fails_for_is_set_aside(world: Path, tmp_path: Path):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     lines = (world / "prompts" / "train.jsonl").read_text().splitlines()[:8]
     kinds = ["bad" if number == 3 else "chain" for number in range(8)]
     (tmp_path / "prompts.jsonl").write_text(

@@ -5,14 +5,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from c2f_ray import load_recipe, train
+from c2f_ray.cli import app
 from c2f_ray.data.prompts import draw
 from c2f_ray.watch.metrics import read_metrics
+from tests.documented import ROOT, documented
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SETTINGS = [
     "prompts.per_step=8", "length.max_tokens=24", "rollout.max_staleness=1", "learner.importance_clip=2.0",
-    "checkpoints.every_steps=2",
+    "checkpoints.every_steps=2", "learner.ranks=1",
 ]  # fmt: skip
 
 
@@ -22,10 +22,13 @@ def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    for name in ("configs", "examples"):
+        (folder / name).symlink_to(ROOT / name, target_is_directory=True)
+    more_steps = documented("c2f-ray train configs/tiny.yaml run.steps=48")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(load_recipe(CONFIG, "run.steps=2", *SETTINGS))
-        train(load_recipe(CONFIG, "run.steps=5", *SETTINGS))
+        app([*more_steps, *SETTINGS, "run.steps=2"], standalone_mode=False)
+        app([*more_steps, *SETTINGS, "run.steps=5"], standalone_mode=False)
     return folder / "runs" / "tiny"
 
 
@@ -54,16 +57,20 @@ def test_each_prompt_is_learned_from_once_and_in_turn(run: Path, world: Path):
 
 @pytest.fixture(scope="module")
 def partial(run: Path) -> Path:
-    """Four engine slots for sixteen samples a step; of its prompts half are waited for."""
+    """Four engine slots for sixteen samples a step; of its prompts half are waited for. The reward is the example's."""
+    command = documented(
+        "c2f-ray train configs/tiny.yaml"
+        " \"reward={kind: function, function: 'examples.my_rewards:score'}\" run.name=mine"
+    )
     settings = [
-        *SETTINGS, "run.name=partial", "run.steps=5", "rollout.max_staleness=2", "rollout.in_flight=continue",
+        *SETTINGS, "run.steps=5", "rollout.max_staleness=2", "rollout.in_flight=continue",
         "rollout.wait_for=0.5", "rollout.max_num_seqs=4", "rollout.shard_samples=2",
         "length={rule: fixed, max_tokens: 96}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(run.parents[1])
-        train(load_recipe(CONFIG, *settings))
-    return run.parent / "partial"
+        app([*command, *settings], standalone_mode=False)
+    return run.parent / "mine"
 
 
 def test_a_tail_that_was_not_waited_for_is_learned_from_once_in_the_next_step(partial: Path, world: Path):

@@ -1,4 +1,4 @@
-"""Iterative rejection sampling by a Mixtral pair's log ratio, as a driver script runs it, on the tiny world."""
+"""Iterative rejection sampling by a Mixtral pair's log ratio, on the tiny world."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from c2f_ray import load_recipe, train
+from c2f_ray.cli import app
 from c2f_ray.learner.checkpoint import SavedPieces
 from c2f_ray.timeline import read_trace, spans_of
 from c2f_ray.watch.metrics import read_metrics, without_timing
+from tests.documented import ROOT, documented
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny_rejection_sampling.yaml"
+COMMAND = documented("c2f-ray train configs/tiny_rejection_sampling.yaml")
 SETTINGS = [
     "run.name=rounds", "run.steps=3", "run.deterministic=true", "prompts.per_step=8", "rollout.samples_per_prompt=4",
     "length.max_tokens=16", "evaluate.num_prompts=8", "checkpoints.every_steps=1", "checkpoints.keep_last=3",
@@ -27,10 +28,11 @@ def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("rounds")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    (folder / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(load_recipe(CONFIG, *SETTINGS))
-        train(load_recipe(CONFIG, *SETTINGS, "run.name=again", "run.steps=1"))
+        app([*COMMAND, *SETTINGS], standalone_mode=False)
+        app([*COMMAND, *SETTINGS, "run.name=again", "run.steps=1"], standalone_mode=False)
     return folder / "runs" / "rounds"
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+from tests.documented import ROOT, documented
+
+COMMAND = documented("c2f-ray score configs/tiny.yaml --in responses.jsonl --out scores.jsonl")
 REWARDS = """
 def score(samples):
     for sample in samples:
@@ -29,8 +31,7 @@ REWARD = (
 
 def score(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [Path(sys.executable).with_name("c2f-ray"), "score", CONFIG, "--in", "in.jsonl", "--out", "out.jsonl",
-         REWARD.replace("FAILURE", on_failure)],
+        [Path(sys.executable).with_name("c2f-ray"), *COMMAND, REWARD.replace("FAILURE", on_failure)],
         cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -38,6 +39,7 @@ def score(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
 def test_responses_and_pairs_are_scored_and_a_half_written_file_is_gone_on_with(world: Path, tmp_path: Path):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     message = [{"role": "user", "content": "a?"}]
     records = [
@@ -46,24 +48,24 @@ def test_responses_and_pairs_are_scored_and_a_half_written_file_is_gone_on_with(
         {"id": "p2", "messages": message, "chosen": "xx", "rejected": "yy"},
         {"id": "p3", "messages": message, "chosen": "x", "rejected": "bad"},
     ]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     stopped = score(tmp_path, "stop")
     assert stopped.returncode == 1, stopped.stderr[-2000:]
     assert "'p3'" in stopped.stderr
     assert "ValueError: no number in it" in stopped.stderr
-    begun = (tmp_path / "out.jsonl").read_text().splitlines()
+    begun = (tmp_path / "scores.jsonl").read_text().splitlines()
     assert len(begun) == 64, "the two shards before the one that failed"
 
-    (tmp_path / "out.jsonl").write_text("\n".join(begun[:40]) + "\n" + begun[40][:20])
-    settings = json.loads((tmp_path / "out.jsonl.reward.json").read_text())
+    (tmp_path / "scores.jsonl").write_text("\n".join(begun[:40]) + "\n" + begun[40][:20])
+    settings = json.loads((tmp_path / "scores.jsonl.reward.json").read_text())
     settings["parts"]["length"]["reward"]["on_failure"] = "drop"
     refused = score(tmp_path, "drop")
     assert refused.returncode == 2
-    assert "error: --out: out.jsonl: was written with another reward" in refused.stderr
-    (tmp_path / "out.jsonl.reward.json").write_text(json.dumps(settings, indent=1))
+    assert "error: --out: scores.jsonl: was written with another reward" in refused.stderr
+    (tmp_path / "scores.jsonl.reward.json").write_text(json.dumps(settings, indent=1))
     done = score(tmp_path, "drop")
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [record["id"] for record in records]
     for n, line in enumerate(lines[:70]):
         cut = n % 2

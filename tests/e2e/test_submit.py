@@ -21,6 +21,7 @@ import pytest
 
 from c2f_ray.watch.metrics import read_metrics
 from c2f_ray.watch.report import write_report
+from tests.documented import documented
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -192,13 +193,14 @@ def test_submitted_followed_stopped_and_gone_on_with(
 
     submitted = nodes.ray(*submit, "--no-wait", "--submission-id", "first", "--", *command)
     assert submitted.returncode == 0, submitted.stdout
+    logs, stop = documented("ray job logs --follow ID"), documented("ray job stop ID")
     follow = subprocess.Popen(
-        [BIN / "ray", "job", "logs", *at, "--follow", "first"], env=nodes.env, text=True,
+        [BIN / "ray", *logs[:-1], *at, "first"], env=nodes.env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         wait_until(lambda: (folder / "seen").exists() or follow.poll() is not None, "the third step's rewards")
-        stopped = nodes.ray("job", "stop", *at, "first")
+        stopped = nodes.ray(*stop[:-1], *at, "first")
         log, _ = follow.communicate(timeout=TIMEOUT_S)
     finally:
         follow.kill()
@@ -231,8 +233,8 @@ def test_submitted_followed_stopped_and_gone_on_with(
     for name, secret in PLANTED.items():
         monkeypatch.setenv(name, secret)
     write_report(run, [])
-    (logs,) = nodes.session.glob("session_2*/logs")
-    refuse_secrets(token, refused.stdout, submitted.stdout, log, again.stdout, folders=(run, logs))
+    (rays,) = nodes.session.glob("session_2*/logs")
+    refuse_secrets(token, refused.stdout, submitted.stdout, log, again.stdout, folders=(run, rays))
 
 
 def test_a_run_of_its_own_listens_on_loopback_alone_and_ends_with_sigterm_in_a_checkpoint(world: Path, folder: Path):

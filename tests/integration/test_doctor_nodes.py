@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import ray
 
+from c2f_ray.cli import app
 from c2f_ray.doctor import cluster as checks
 from c2f_ray.doctor.node import Finding, ok
 from c2f_ray.recipe import load_recipe
+from tests.documented import ROOT, documented
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the node cannot import this file
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+CONFIG = ROOT / "configs" / "tiny.yaml"
 
 
 def light(recipe) -> list[Finding]:
@@ -46,3 +48,20 @@ def test_every_node_is_checked_and_they_reach_each_other(
     )
     assert list(tmp_path.iterdir()) == []  # nothing is left of the file that was looked for
     assert ray.is_initialized()  # a session that was there stays
+
+
+def test_the_command_says_how_this_machine_is(
+    cluster: None, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What is wrong with it is not known here: the exit code says whether anything is."""
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    (tmp_path / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    for command, named in ((documented("c2f-ray doctor"), 0), (documented("c2f-ray doctor configs/tiny.yaml"), 3)):
+        with pytest.raises(SystemExit) as end:
+            app(command, standalone_mode=False)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if not line.startswith(" ")] == ["this machine:", "Ray:"]
+        assert end.value.code == any(line.startswith("  failure") for line in lines)
+        assert sum(": .cache/tiny/" in line for line in lines) == named, lines

@@ -1,5 +1,6 @@
 """The real driver and pools on fake actors: what they ask for comes back, and a step takes what the plan says."""
 
+import re
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.reward.worker import Scorer
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+from tests.documented import documented
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NETWORK = 12.5e9
@@ -77,15 +79,16 @@ def test_fake_actors_give_what_was_asked_for(cluster):
 
 def test_the_command_prints_the_timeline(cluster, monkeypatch, tmp_path):
     """Two scorers, held-out prompts and no model that is there."""
+    (tmp_path / "configs").symlink_to(CONFIGS, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(simulation, "STEP_S", 0.5)
     settings = ["prompts.per_step=64", "rollout.samples_per_prompt=4", "evaluate.num_prompts=20"]
-    ran = CliRunner().invoke(
-        app, ["plan", str(CONFIGS / "merlinite_7b_pt.yaml"), "--simulate", *settings], env={"COLUMNS": "200"}
-    )
+    command = documented("c2f-ray plan configs/merlinite_7b_pt.yaml --simulate")
+    ran = CliRunner().invoke(app, [*command, *settings], env={"COLUMNS": "200"})
     assert ran.exit_code == 0, ran.output
+    assert re.search(r"^by the estimate [\d,.]+ s a step, simulated [\d,.]+ s, [+-]\d+%", ran.output, re.MULTILINE)
     printed = ran.output.partition("simulated steps")[2].splitlines()
     assert [line.split()[1] for line in printed if line.startswith("│")] == ["1", "2", "3"], "the recipe's three rounds"
     rows = {line.split()[0]: line for line in printed if "█" in line or "▏" in line}
     assert set(rows) >= {"rollout", "learner"}
-    assert list(tmp_path.iterdir()) == [], "nothing is written"
+    assert [path.name for path in tmp_path.iterdir()] == ["configs"], "nothing is written"

@@ -1,4 +1,4 @@
-"""README and docs: their commands parse, their links lead somewhere, and their metrics are those that are written."""
+"""README and docs: their commands are run, their links lead somewhere, and their metrics are those that are written."""
 
 import ast
 import re
@@ -10,6 +10,7 @@ from typing import get_args
 import click
 import pytest
 import typer
+import yaml
 
 from c2f_ray.algorithms.length import LengthDecision
 from c2f_ray.cli import app
@@ -17,40 +18,40 @@ from c2f_ray.plan.clusters import chosen_nodes
 from c2f_ray.plan.estimate import estimate
 from c2f_ray.recipe import load_recipe
 from c2f_ray.recipe.schema import MergeMethod
+from tests.documented import LINES, ROOT, TEXTS
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands
-PLACEHOLDERS = {"RECIPE", "RUN", "IN", "OUT", "PATH", "[RECIPE]", "[OTHER ...]", "[key=value ...]"}
+SYNOPSIS = re.compile(r"RECIPE|RUN|PATH|\[key=value")
+NEEDS = re.compile(r"(a|\d+) GPUs? of \d+ GB|\d+ GB of (disk|memory)|on the cluster|a cloud")
 GPU_RECIPES = ("mistral_7b_remax", "mistral_c2f", "merlinite_7b_pt")
 
 
-def command_lines(text: str) -> list[tuple[str, str]]:
-    """Each `c2f-ray` line of the code blocks: the command, and the comment beside it."""
-    found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
-            command, _, comment = line.partition("#")
-            if "c2f-ray " in command:
-                found.append((command[command.index("c2f-ray ") + len("c2f-ray ") :].strip(), comment.strip()))
-    return found
-
-
-LINES = [(page, *line) for page, text in TEXTS.items() for line in command_lines(text)]
+def test_every_command_is_run_by_a_test_or_says_what_hardware_it_needs():
+    called = [
+        node
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "documented"
+    ]
+    run = {argument.value for call in called for argument in call.args if isinstance(argument, ast.Constant)}
+    shown = {line for _, line, needs in LINES if not SYNOPSIS.search(line) and not NEEDS.search(needs)}
+    assert run <= shown
+    assert shown - run == {"make test"}, "which runs this"
+    # e2e/test_chain.py runs what the Makefile does for `make demo`.
+    assert "\ndemo: $(INSTALLED)\n\t$(BIN)/c2f-ray demo\n" in (ROOT / "Makefile").read_text()
 
 
 def test_there_are_commands_on_every_page_that_is_about_running():
     pages = {page for page, _, _ in LINES}
     assert {"README.md", *(f"docs/{name}.md" for name in ("ppo", "remax", "length", "merging", "operating"))} <= pages
-    assert set(COMMANDS) - {"demo"} <= {command.split()[0] for _, command, _ in LINES}
+    assert set(COMMANDS) == {command.split()[1] for _, command, _ in LINES if command.startswith("c2f-ray ")}
 
 
-@pytest.mark.parametrize(("page", "command", "comment"), LINES)
+@pytest.mark.parametrize(("page", "command", "comment"), [line for line in LINES if "c2f-ray " in line[1]])
 def test_every_command_parses_and_its_recipe_is_valid(page: str, command: str, comment: str, monkeypatch):
     monkeypatch.chdir(ROOT)
-    synopsis = any(word in command for word in ("RECIPE", "RUN", "PATH", "[key=value"))
-    if synopsis:
+    command = command[command.index("c2f-ray ") + len("c2f-ray ") :]
+    if synopsis := SYNOPSIS.search(command):
         command = re.sub(r"\[key=value \.\.\.\]|\[OTHER \.\.\.\]", "", command).replace("[", "").replace("]", "")
     name, *arguments = shlex.split(command)
     parsed = COMMANDS[name].make_context(name, arguments)  # refuses options that there are not
@@ -59,9 +60,24 @@ def test_every_command_parses_and_its_recipe_is_valid(page: str, command: str, c
     recipe = parsed.params.get("recipe")
     if recipe is not None and parsed.params.get("reward") is None:
         loaded = load_recipe(Path(recipe), *(parsed.params["overrides"] or []))
-        runs_on_gpus = loaded.rollout.gpus_per_actor > 0 and name not in ("plan", "merge")
-        submitted = "run.folder=/shared/runs" in command and name == "train"
-        assert not runs_on_gpus or submitted or re.search(r"GPU|head", comment), "say what hardware it needs"
+        if loaded.rollout.gpus_per_actor > 0 and name not in ("plan", "merge"):
+            assert re.search(r"GPUs? of \d+ GB", comment), "say how many GPUs it needs"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_piece_of_a_recipe_is_valid(page: str, tmp_path):
+    """In configs/tiny.yaml's place, and any file that it names is taken to be there."""
+    for block in re.findall(r"^```yaml\n(.*?)^```", TEXTS[page], flags=re.DOTALL | re.MULTILINE):
+        recipe = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+        for section, fields_ in yaml.safe_load(block).items():
+            recipe[section] = recipe[section] | fields_
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_script_of_the_readme_is_the_example():
+    (script,) = re.findall(r"^```python\n(.*?)^```", TEXTS["README.md"], flags=re.DOTALL | re.MULTILINE)
+    assert (ROOT / "examples" / "train_merge_evaluate.py").read_text().endswith(script)
 
 
 @pytest.mark.parametrize("page", TEXTS)

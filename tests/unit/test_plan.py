@@ -20,6 +20,7 @@ from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import step
 from c2f_ray.recipe import Recipe, load_recipe
 from c2f_ray.session import train_needs
+from tests.documented import documented
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -286,8 +287,9 @@ def test_the_command_says_what_does_not_fit():
 
 
 def test_on_cpus_memory_is_told_and_no_seconds(tmp_path):
-    recipe = seed("tiny", *tiny_models(ROOT / "configs/tiny.yaml", tmp_path))
-    found = planned(recipe)
+    models = tiny_models(ROOT / "configs/tiny.yaml", tmp_path)
+    assert "seconds are estimated for GPUs alone" in run(str(ROOT / "configs/tiny.yaml"), *models).output
+    found = planned(seed("tiny", *models))
     assert found.steps == {}
     shape = ModelShape(3, 128, 384, 4, 2, 32, 256)
     learner = found.roles[2].memory.gpu
@@ -318,12 +320,13 @@ def test_parts_of_a_sum_have_workers_of_their_own():
     assert planned(seed("mistral_7b_remax", "reward.gpus_per_worker=0")).steps[384].reward == 0
 
 
-def test_the_commands_of_the_cluster_page():
-    lines = (ROOT / "docs" / "cluster.md").read_text().splitlines()
-    commands = [line.partition("#")[0].split() for line in lines if line.startswith("c2f-ray plan configs/")]
-    commands = [command for command in commands if "--simulate" not in command]  # tests/integration/test_simulate.py
-    codes = []
-    for _, _, recipe, *arguments in commands:
-        arguments = [str(ROOT / part) if part.startswith("cluster/") else part for part in arguments]
-        codes.append(run(str(ROOT / recipe), *arguments).exit_code)
-    assert codes == [0, 1, 0]  # as the page says
+def test_the_commands_of_the_pages(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = [
+        documented("c2f-ray plan configs/mistral_c2f.yaml"),
+        documented("c2f-ray plan configs/mistral_c2f.yaml --gpus 16"),
+        documented("c2f-ray plan configs/mistral_c2f.yaml --cluster cluster/gcp.yaml"),
+        documented("c2f-ray plan configs/mistral_c2f.yaml --cluster cluster/gcp.yaml learner.ranks=4"),
+        documented("c2f-ray plan configs/mistral_c2f.yaml --gpus 8 --gpu H100"),
+    ]
+    assert [CliRunner().invoke(app, command).exit_code for command in commands] == [0, 0, 0, 0, 1]  # as a page says
