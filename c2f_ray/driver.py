@@ -450,7 +450,8 @@ class Training:
 
     def wait_for_saved_trajectories(self, at_most: int) -> None:
         """Until no more than `at_most` steps are still being written; raises what a writing task raised."""
-        timeout_s = self.recipe.cluster.start_timeout_s  # it may have to start first, or to start again
+        # It may have to start first, or to start again.
+        timeout_s = self.recipe.cluster.start_timeout_s + self.recipe.rollout.timeout_s
         while len(self.saving) > at_most:
             try:
                 wait_for(self.saving.popleft(), timeout_s, "the actor that writes the trajectories")

@@ -14,10 +14,10 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 
 
 def command_lines(text: str) -> list[tuple[str, str]]:
-    """Each line of the code blocks in no language: the command, in one line, and the comment beside it."""
+    """Each command of the code blocks, in one line, and the comment beside it."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        if language:
+        if language in ("python", "yaml"):
             continue
         for line in block.replace("\\\n", " ").splitlines():
             command, _, comment = line.partition("#")

@@ -30,19 +30,21 @@ def diagnose(recipe: Recipe | None, *, all_nodes: bool) -> Iterator[tuple[str, I
     """(where, findings), as they are found: those of one place must be read before the next place is asked for."""
     yield "this machine", check_node(recipe)
     started = not ray.is_initialized()
-    yield "Ray", _ray(recipe)
+    yield "Ray", _ray(recipe, all_nodes)
     if all_nodes and ray.is_initialized():
         yield from each_node(recipe)
     if started and ray.is_initialized():
         ray.shutdown()
 
 
-def _ray(recipe: Recipe | None) -> Iterator[Finding]:
+def _ray(recipe: Recipe | None, all_nodes: bool) -> Iterator[Finding]:
     yield from token()
     yield from connect()
     if ray.is_initialized():
         yield from guard(ray.get_runtime_context().gcs_address)
         yield from resources(recipe)
+    elif all_nodes:
+        yield failure("Ray: no cluster was joined, whose nodes could be checked", "run this on its head")
 
 
 def token() -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging.companions import write_companions
 from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
 from c2f_ray.merging.files import replace_file, room_in
-from c2f_ray.merging.plan import MergePlan, check_merge
+from c2f_ray.merging.plan import BEGUN, MergePlan, check_merge
 from c2f_ray.merging.shards import Work, merge_shard
 from c2f_ray.preflight import Needs, run_folder
 from c2f_ray.recipe import Recipe
@@ -48,11 +48,12 @@ def run_merge(plan: MergePlan) -> None:
     strategy = _strategy(plan)
     aside = plan.aside
     with room_in(aside):
-        if not plan.goes_on():
-            shutil.rmtree(aside, ignore_errors=True)  # of a merge of something else
+        if not plan.goes_on():  # then what is there is of a merge of something else
+            (aside / BEGUN).unlink(missing_ok=True)  # first: half of it must not be gone on with
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            replace_file(aside / "plan.json", json.dumps(plan.identity))
-        if not plan.published.exists():
+            replace_file(aside / BEGUN, json.dumps(plan.identity))
+        if plan.todo and not plan.published.exists():
             shutil.rmtree(aside / "tmp", ignore_errors=True)  # what was being written
             for name in ("tmp", "records", *(variant.name for variant in plan.todo)):
                 (aside / name).mkdir(exist_ok=True)
@@ -67,7 +68,12 @@ def run_merge(plan: MergePlan) -> None:
             (aside / variant.name).rename(plan.out / variant.name)
         if (aside / DIAGNOSIS).exists():
             (aside / DIAGNOSIS).rename(plan.out.with_name(DIAGNOSIS))
-        shutil.rmtree(aside)
+        for path in aside.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != BEGUN:
+                path.unlink()
+        shutil.rmtree(aside)  # last: until then the next merge ends this one
 
 
 def _record(plan: MergePlan, shard: Shard) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
+from c2f_ray.data.model_folder import SMALL_FILES
 from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards, tensor_bytes
 from c2f_ray.errors import RecipeError
 from c2f_ray.merging.compatibility import Models, check_inputs
@@ -23,6 +24,7 @@ from c2f_ray.recipe.schema import MERGE_METHODS_WITH, Merge
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers")
 MANIFEST = "merge.json"  # in each fine actor's folder
+BEGUN = "plan.json"  # beside work that is not complete: of which merge it is
 NUM_SHARDS = 32  # about: as many tasks can work at the same time
 SHARD_BYTES = (2**25, MAX_SHARD_BYTES)  # least and most
 
@@ -55,14 +57,13 @@ class MergePlan:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """By variant, a digest of all that its bytes depend on."""
+        """By variant, a digest of all that its weights, tokenizer and configuration depend on."""
         inputs = {
-            role: {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in self._input_files(role)}
+            role: {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self._input_files(role)}
             for role in self.models.folders
         }
         common = {
             "dtype": self.recipe.dtype,
-            "allow": self.recipe.allow,
             "shards": [asdict(shard) for shard in self.shards],
             "versions": self.versions,
         }
@@ -74,7 +75,10 @@ class MergePlan:
                         **self.settings_of(variant),
                         "method": variant.method,
                         "ratios": variant.ratios,
-                        "inputs": {role: inputs[role] for role in ROLES[variant.method]},
+                        # Rows that are matched by token are those that all models have.
+                        "inputs": inputs
+                        if self.models.rows
+                        else {role: inputs[role] for role in ROLES[variant.method]},
                     }
                 ).encode()
             ).hexdigest()
@@ -95,11 +99,11 @@ class MergePlan:
     def _input_files(self, role: str) -> list[Path]:
         folder = self.models.folders[role]
         weights = {spec.file for spec in self.models.tensors[role].values()}
-        return sorted(weights | {path for path in folder.iterdir() if path.is_file()})
+        return sorted(weights | {path for name in SMALL_FILES for path in folder.glob(name) if path.is_file()})
 
     def goes_on(self) -> bool:
         """Whether an earlier merge of the same has left its work on all that is still to do."""
-        path = self.aside / "plan.json"
+        path = self.aside / BEGUN
         begun = path.is_file() and json.loads(path.read_text()) == self.identity
         return begun and all((self.aside / variant.name).is_dir() for variant in self.todo)
 
@@ -165,7 +169,7 @@ def _check_outputs(plan: MergePlan) -> None:
     left = sum(path.stat().st_size for path in plan.aside.rglob("*") if path.is_file())  # to be used, or removed
     needed_gib = (len(plan.todo) * sum(shard.num_bytes for shard in plan.shards) - left) / 2**30
     free_gib = shutil.disk_usage(existing).free / 2**30
-    if needed_gib > free_gib and not plan.published.exists():
+    if needed_gib > free_gib:
         problems.append(
             f"merge: {len(plan.todo)} models need {needed_gib:.1f} GiB and {existing} has {free_gib:.1f} free: "
             "take fewer merge.ratios, or another folder"
@@ -175,6 +179,8 @@ def _check_outputs(plan: MergePlan) -> None:
 
 
 def _identity_of(folder: Path) -> str | None:
-    """What a fine actor's folder says that it was made of."""
-    manifest = folder / MANIFEST
-    return json.loads(manifest.read_text()).get("identity") if manifest.is_file() else None
+    """What a fine actor's folder says that it was made of; None where that cannot be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text()).get("identity")
+    except (OSError, ValueError):
+        return None

@@ -196,7 +196,7 @@ def format_simulation(found: Simulation) -> RenderableType:
     return Group(
         table,
         f"by the estimate {told_seconds(found.planned.seconds)} s a step, simulated {told_seconds(taken)} s, "
-        f"{taken / found.planned.seconds - 1:+.0%}: what is more is how busy this machine is",
+        f"{taken / found.planned.seconds - 1:+.0%}: roles that wait for each other, and how busy this machine is",
         timeline_table(found.spans, until, f"0 to {told_seconds(until)} s"),
         f"the real driver on fake actors that only wait; one second of it stands for {told_seconds(found.scale)}, but "
         "for those of the driver, which are real and of this machine",

@@ -76,7 +76,7 @@ def _size(size: float) -> str:
 
 
 def told_seconds(seconds: float) -> str:
-    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.2g}"
+    return f"{seconds:,.0f}" if seconds >= 99.5 else f"{seconds:.2g}"
 
 
 def _fits(role: Role) -> str:

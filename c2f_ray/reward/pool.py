@@ -243,7 +243,7 @@ class RewardPool:
                 f"reward worker {number} of {self.label}",
                 f"it has {sum(len(call.rows) for call in list(worker.calls.values()))} rows to score",
                 now - worker.heard_at,
-                self._deadline(worker) - worker.heard_at,
+                self.timeout_s + (0 if worker.is_ready else self.start_timeout_s),
             )
             for number, worker in enumerate(self.workers)
             if worker.calls

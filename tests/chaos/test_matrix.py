@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,11 +29,8 @@ FROM_THE_ENGINE = ("logprob_gap/", "importance/")
 
 
 @pytest.fixture(scope="module")
-def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chaos")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    return folder
+def folder(checkout: Callable[[str], Path]) -> Path:
+    return checkout("chaos")
 
 
 def run(folder: Path, name: str, plan: Plan) -> tuple[Path, Monkey]:
@@ -99,15 +97,14 @@ def test_a_soak_of_random_kills(calm: Path, folder: Path):
     print(f"\nsoak of seed {SOAK_SEED}: {monkey.killed}")
 
 
-def test_a_node_is_taken_away(world: Path, tmp_path: Path):
+def test_a_node_is_taken_away(checkout: Callable[[str], Path]):
     """The run goes on with two nodes of three, from which the same bytes come."""
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+    folder = checkout("node_loss")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos.node_loss"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "tests.chaos.node_loss"], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, text=True, timeout=1000, check=False,
     )  # fmt: skip
     (told,) = [line for line in done.stdout.splitlines() if line.startswith("took away a node with ")]
     assert "RolloutActor" in told
     assert done.returncode == 0
-    assert outcome(tmp_path / "runs" / "stormy") == outcome(tmp_path / "runs" / "calm")
+    assert outcome(folder / "runs" / "stormy") == outcome(folder / "runs" / "calm")

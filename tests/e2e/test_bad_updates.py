@@ -1,6 +1,7 @@
 """Updates that are not finite, in the middle of a run: skipped, saved aside, and in the end too many."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from c2f_ray.cli import app
 from c2f_ray.errors import C2FError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.watch.metrics import read_metrics
-from tests.documented import ROOT, documented
+from tests.documented import documented
 
 COMMAND = documented("c2f-ray train configs/tiny.yaml run.trace=true run.name=traced")
 SETTINGS = [
@@ -37,11 +38,8 @@ class FaultyLearnerGroup(LearnerGroup):
 
 
 @pytest.fixture(scope="module")
-def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad_updates")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (folder / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
+def run(cluster: None, checkout: Callable[[str], Path]) -> Path:
+    folder = checkout("bad_updates")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(driver, "LearnerGroup", FaultyLearnerGroup)

@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -45,12 +46,8 @@ def c2f_ray(folder: Path, *arguments: str, timeout_s: float = 300) -> subprocess
 
 
 @pytest.fixture(scope="module")
-def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which configs/tiny.yaml finds its world."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (folder / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
+def folder(checkout: Callable[[str], Path]) -> Path:
+    folder = checkout("work")
     (folder / "questions.jsonl").write_text(QUESTIONS)
     return folder
 

@@ -1,13 +1,14 @@
 """examples/sweep_length_rules.py, and the report of its runs; test_chain.py and test_pipeline.py run the other two."""
 
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from c2f_ray.cli import app
 from c2f_ray.watch.metrics import read_metrics
-from tests.documented import ROOT, documented
+from tests.documented import documented
 
 SETTINGS = [
     "run.steps=2", "prompts.per_step=4", "learner.ranks=1", "length.max_tokens=40",
@@ -16,13 +17,9 @@ SETTINGS = [
 
 
 def test_a_sweep_over_length_rules_and_a_report_of_its_curves(
-    cluster: None, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: None, checkout: Callable[[str], Path], monkeypatch, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    for name in ("configs", "examples"):
-        (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(checkout("sweep"))
     script, recipe = documented("python examples/sweep_length_rules.py configs/tiny.yaml")
     monkeypatch.setattr("sys.argv", [script, recipe, *SETTINGS])
     runpy.run_path(script, run_name="__main__")

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from c2f_ray.watch.metrics import read_metrics
-from tests.documented import ROOT, documented
+from tests.documented import documented
 
 REWARDS = """
 async def score(samples):
@@ -30,19 +31,19 @@ def train(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_what_the_function_returns_is_the_reward_and_what_it_fails_for_is_set_aside(world: Path, tmp_path: Path):
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (tmp_path / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
+def test_what_the_function_returns_is_the_reward_and_what_it_fails_for_is_set_aside(
+    world: Path, checkout: Callable[[str], Path]
+):
+    folder = checkout("function_reward")
     lines = (world / "prompts" / "train.jsonl").read_text().splitlines()[:8]
     kinds = ["bad" if number == 3 else "chain" for number in range(8)]
-    (tmp_path / "prompts.jsonl").write_text(
+    (folder / "prompts.jsonl").write_text(
         "".join(f'{line[:-1]}, "kind": "{kind}"}}\n' for line, kind in zip(lines, kinds, strict=True))
     )
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    run = tmp_path / "runs" / "tiny"
+    (folder / "my_rewards.py").write_text(REWARDS)
+    run = folder / "runs" / "tiny"
 
-    stopped = train(tmp_path, "stop")
+    stopped = train(folder, "stop")
     assert stopped.returncode == 1
     assert (
         "3 responses of step 1 got no reward; the first: reward function: attempt 3: LookupError: no answer known"
@@ -51,7 +52,7 @@ def test_what_the_function_returns_is_the_reward_and_what_it_fails_for_is_set_as
     assert "they are in runs/tiny/aside/unscored_step_000001.parquet; mend the reward" in stopped.stderr
     assert pq.read_table(run / "aside" / "unscored_step_000001.parquet").num_rows == 3
 
-    done = train(tmp_path, "drop")
+    done = train(folder, "drop")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = pq.read_table(run / "trajectories" / "step_000001.parquet").to_pylist()
     assert len(rows) == 24

@@ -1,5 +1,6 @@
 """A step samples while the last one learns: who made which sample, and that each prompt counts once."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ import pytest
 from c2f_ray.cli import app
 from c2f_ray.data.prompts import draw
 from c2f_ray.watch.metrics import read_metrics
-from tests.documented import ROOT, documented
+from tests.documented import documented
 
 SETTINGS = [
     "prompts.per_step=8", "length.max_tokens=24", "rollout.max_staleness=1", "learner.importance_clip=2.0",
@@ -17,13 +18,9 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps, and then, from their checkpoint, two more."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    for name in ("configs", "examples"):
-        (folder / name).symlink_to(ROOT / name, target_is_directory=True)
+def run(cluster: None, checkout: Callable[[str], Path]) -> Path:
+    """Two steps, and then, from their checkpoint, three more."""
+    folder = checkout("pipeline")
     more_steps = documented("c2f-ray train configs/tiny.yaml run.steps=48")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import pytest
 from c2f_ray import load_recipe, train
 from c2f_ray.watch.metrics import read_metrics, without_timing
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "run.steps=6", "run.deterministic=true", "checkpoints.every_steps=1", "prompts.per_step=12",
     "rollout.shard_samples=8", "length.max_tokens=24",
@@ -51,13 +51,8 @@ cli.main()
 
 
 @pytest.fixture(scope="module")
-def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory in which configs/*.yaml find their world."""
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (folder / "configs").symlink_to(CONFIGS, target_is_directory=True)
-    return folder
+def folder(checkout: Callable[[str], Path]) -> Path:
+    return checkout("resume")
 
 
 def settings(config: str, name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Iterative rejection sampling by a Mixtral pair's log ratio, on the tiny world."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from c2f_ray.cli import app
 from c2f_ray.learner.checkpoint import SavedPieces
 from c2f_ray.timeline import read_trace, spans_of
 from c2f_ray.watch.metrics import read_metrics, without_timing
-from tests.documented import ROOT, documented
+from tests.documented import documented
 
 COMMAND = documented("c2f-ray train configs/tiny_rejection_sampling.yaml")
 SETTINGS = [
@@ -24,11 +25,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def run(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rounds")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (folder / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
+def run(cluster: None, checkout: Callable[[str], Path]) -> Path:
+    folder = checkout("rounds")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         app([*COMMAND, *SETTINGS], standalone_mode=False)

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.documented import ROOT, documented
+from tests.documented import documented
 
 COMMAND = documented("c2f-ray score configs/tiny.yaml --in responses.jsonl --out scores.jsonl")
 REWARDS = """
@@ -36,11 +37,9 @@ def score(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_responses_and_pairs_are_scored_and_a_half_written_file_is_gone_on_with(world: Path, tmp_path: Path):
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (tmp_path / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
+def test_responses_and_pairs_are_scored_and_a_half_written_file_is_gone_on_with(checkout: Callable[[str], Path]):
+    folder = checkout("score")
+    (folder / "my_rewards.py").write_text(REWARDS)
     message = [{"role": "user", "content": "a?"}]
     records = [
         *({"id": f"r{n}", "messages": message, "response": "x" * n, "finished": n % 2 == 0} for n in range(70)),
@@ -48,24 +47,24 @@ def test_responses_and_pairs_are_scored_and_a_half_written_file_is_gone_on_with(
         {"id": "p2", "messages": message, "chosen": "xx", "rejected": "yy"},
         {"id": "p3", "messages": message, "chosen": "x", "rejected": "bad"},
     ]
-    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    stopped = score(tmp_path, "stop")
+    (folder / "responses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    stopped = score(folder, "stop")
     assert stopped.returncode == 1, stopped.stderr[-2000:]
     assert "'p3'" in stopped.stderr
     assert "ValueError: no number in it" in stopped.stderr
-    begun = (tmp_path / "scores.jsonl").read_text().splitlines()
+    begun = (folder / "scores.jsonl").read_text().splitlines()
     assert len(begun) == 64, "the two shards before the one that failed"
 
-    (tmp_path / "scores.jsonl").write_text("\n".join(begun[:40]) + "\n" + begun[40][:20])
-    settings = json.loads((tmp_path / "scores.jsonl.reward.json").read_text())
+    (folder / "scores.jsonl").write_text("\n".join(begun[:40]) + "\n" + begun[40][:20])
+    settings = json.loads((folder / "scores.jsonl.reward.json").read_text())
     settings["parts"]["length"]["reward"]["on_failure"] = "drop"
-    refused = score(tmp_path, "drop")
+    refused = score(folder, "drop")
     assert refused.returncode == 2
     assert "error: --out: scores.jsonl: was written with another reward" in refused.stderr
-    (tmp_path / "scores.jsonl.reward.json").write_text(json.dumps(settings, indent=1))
-    done = score(tmp_path, "drop")
+    (folder / "scores.jsonl.reward.json").write_text(json.dumps(settings, indent=1))
+    done = score(folder, "drop")
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [record["id"] for record in records]
     for n, line in enumerate(lines[:70]):
         cut = n % 2

@@ -1,6 +1,7 @@
 """Actors that die or hang in the middle of a run: it ends like a calm one. The whole matrix is `make chaos`."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +11,6 @@ from c2f_ray import load_recipe, train
 from c2f_ray.watch.metrics import MetricsLine, read_metrics, without_timing
 from tests.chaos.monkey import Monkey
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SETTINGS = [
     "run.steps=5", "run.deterministic=true", "rollout.actors=2", "prompts.per_step=12", "rollout.shard_samples=4",
     "length.max_tokens=24", "checkpoints.every_steps=2", "weights.timeout_s=20", "reward.workers=2",
@@ -25,18 +25,16 @@ FROM_THE_ENGINE = ("logprob_gap/", "importance/")  # in other company last bits 
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: None, world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("survival")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
+def runs(cluster: None, checkout: Callable[[str], Path]) -> dict[str, Path]:
+    folder = checkout("survival")
     monkey, stopper = Monkey(dict(PLAN)), Monkey(dict(HANG), signal.SIGSTOP)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(load_recipe(CONFIG, "run.name=calm", *SETTINGS))
+        train(load_recipe("configs/tiny.yaml", "run.name=calm", *SETTINGS))
         with monkey.about():
-            train(load_recipe(CONFIG, "run.name=stormy", *SETTINGS))
+            train(load_recipe("configs/tiny.yaml", "run.name=stormy", *SETTINGS))
         with stopper.about():
-            train(load_recipe(CONFIG, "run.name=hung", *SETTINGS, *DEADLINES))
+            train(load_recipe("configs/tiny.yaml", "run.name=hung", *SETTINGS, *DEADLINES))
     assert [(step, event) for step, event, _ in monkey.killed] == list(PLAN)
     assert [(step, event) for step, event, _ in stopper.killed] == list(HANG)
     return {name: folder / "runs" / name for name in ("calm", "stormy", "hung")}

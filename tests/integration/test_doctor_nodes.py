@@ -1,6 +1,7 @@
 """`c2f-ray doctor --all-nodes` on a real Ray cluster, whose only node stands for two."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,10 @@ def test_every_node_is_checked_and_they_reach_each_other(
 
 
 def test_the_command_says_how_this_machine_is(
-    cluster: None, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: None, checkout: Callable[[str], Path], monkeypatch, capsys: pytest.CaptureFixture[str]
 ):
     """What is wrong with it is not known here: the exit code says whether anything is."""
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
-    (tmp_path / "configs").symlink_to(ROOT / "configs", target_is_directory=True)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(checkout("doctor"))
     for command, named in ((documented("c2f-ray doctor"), 0), (documented("c2f-ray doctor configs/tiny.yaml"), 3)):
         with pytest.raises(SystemExit) as end:
             app(command, standalone_mode=False)

@@ -205,7 +205,11 @@ def test_a_cluster_that_is_gone_but_whose_name_was_left_behind_is_not_waited_for
         monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         (found,) = told(cluster.connect())
+        *_, here = told(cluster._ray(None, all_nodes=False))
+        *_, nodes = told(cluster._ray(None, all_nodes=True))
     assert found.startswith(f"warning  Ray: the cluster that was started here is gone: nothing answers at {left}: ")
+    assert here == found
+    assert nodes == "failure  Ray: no cluster was joined, whose nodes could be checked; run this on its head"
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("failure", 1)])

@@ -74,7 +74,7 @@ class Death(BaseException):
 # All through which a merge changes what is on the disk; the first take room there.
 WRITES = [(Path, name) for name in ("rename", "mkdir", "touch", "write_text")]
 WRITES += [(OutputFile, "write"), (os, "fsync"), (shutil, "copyfile")]
-STEPS = [*WRITES, (Path, "unlink"), (shutil, "rmtree")]
+STEPS = [*WRITES, (Path, "unlink"), (shutil, "rmtree")]  # a removal half done: below
 
 
 def run_and_die(root: Path, at: int) -> bool:
@@ -173,6 +173,36 @@ def test_what_is_finished_is_not_done_again_and_only_for_the_same_merge(root, mo
         run_merge(plan_in(root, "other", "merge.ratios=[0.125]", *change))
         assert merged == [first, second, first, second]
         shutil.rmtree(root / "other")
+
+
+def half_removed(folder: Path, **_: object) -> None:
+    """A removal that is killed before the files whose names come last are gone."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        path.unlink()
+    raise Death
+
+
+def test_killed_while_the_work_of_another_merge_is_removed(root, monkeypatch):
+    """What is left of it is not gone on with: its records tell of weights that are gone."""
+    run_merge(plan_in(root, "undisturbed"))
+    merge_shard = shards.merge_shard
+
+    def failing(shard: shards.Shard, work: shards.Work) -> None:
+        merge_shard(shard, work)
+        raise C2FError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "merge_shard", failing)
+        with pytest.raises(C2FError, match="killed"):
+            run_merge(plan_in(root, "run"))
+    assert plan_in(root, "run").goes_on()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half_removed)
+        with pytest.raises(Death):
+            run_merge(plan_in(root, "run", "merge.ratios=[0.5]"))
+    assert list((root / "run" / "fine.partial").rglob("records/*.json"))
+    run_merge(plan_in(root, "run"))
+    assert contents(root / "run") == contents(root / "undisturbed")
 
 
 def test_finished_models_stay_and_others_come_beside_them(root):

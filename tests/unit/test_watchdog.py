@@ -37,7 +37,7 @@ def test_who_answered_or_is_done_may_be_silent_anew():
 
 def test_an_actor_with_two_calls_is_as_silent_as_the_one_last_heard_of():
     said: list[str] = []
-    dog = Watchdog([lambda: [Busy("a", "old", 300, 400), Busy("a", "new", 90, 400)]], said.append)
+    dog = Watchdog([lambda: [Busy("a", "new", 90, 400), Busy("a", "old", 300, 400)]], said.append)
     dog.look()
     assert said == []
     dog.close()
