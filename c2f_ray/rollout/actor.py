@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from ray.experimental.internal_kv import _internal_kv_exists
 
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
@@ -138,12 +138,12 @@ class RolloutActor:
             engine.abort_request([str(position) for position in running])
 
     def _begin(self, request: RolloutRequest) -> _Sample:
-        """Where the request's sample is; at its start, too, where what there was of it is lost with a node."""
+        """Where the request's sample is; at its start, too, where what there was of it is lost or cannot be fetched."""
         sample = _Sample(request, [], [], [])
         if request.begun is not None:
             try:
-                shard: Trajectories = ray.get(request.begun.shard, timeout=self.rollout.timeout_s)
-            except (RayActorError, ObjectLostError):
+                shard: Trajectories = ray.get(request.begun.shard, timeout=self.rollout.timeout_s / 4)
+            except (RayActorError, ObjectLostError, GetTimeoutError):  # the rest of the time is for sampling it anew
                 return sample
             row = request.begun.row
             parts = (shard.response, shard.sampler_logprobs, shard.token_version)

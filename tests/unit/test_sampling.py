@@ -1,10 +1,15 @@
 """What of a step's samples has come, what is waited for, and what the next step gets."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from c2f_ray.data.trajectory import TrajectoryInfo
 from c2f_ray.reward.rewards import ScoredShard
-from c2f_ray.rollout.actor import Begun, RolloutRequest
+from c2f_ray.rollout import actor
+from c2f_ray.rollout.actor import Begun, RolloutActor, RolloutRequest
 from c2f_ray.sampling import _Arrived, with_reward
 
 REQUESTS = [RolloutRequest(sample_id, sample_id // 2, sample_id, sample_id % 2 == 1) for sample_id in range(10)]
@@ -66,3 +71,19 @@ def test_a_sample_without_a_greedy_one_to_compare_it_with_is_not_learned_from():
     prompt = part.sample_id // 2
     assert with_reward(part, prompt, rewards, greedy_rollouts=True).tolist() == [True, True] + [False] * 4
     assert with_reward(part, prompt, rewards, greedy_rollouts=False).tolist() == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("error", [GetTimeoutError("late"), ObjectLostError("00", None, ""), RayActorError()])
+def test_a_begun_sample_that_cannot_be_fetched_is_sampled_from_its_start(monkeypatch, error: Exception):
+    waited: list[float] = []
+
+    def get(ref: object, timeout: float) -> None:
+        waited.append(timeout)
+        raise error
+
+    monkeypatch.setattr(actor.ray, "get", get)
+    engine = object.__new__(RolloutActor)
+    vars(engine).update(rollout=SimpleNamespace(timeout_s=60.0))
+    sample = engine._begin(RolloutRequest(3, 1, 3, True, Begun("shard", 0)))
+    assert (sample.tokens, sample.finished, sample.interrupted) == ([], False, True)
+    assert waited == [15.0], "three quarters of the time are left for sampling"
