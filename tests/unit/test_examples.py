@@ -1,4 +1,4 @@
-"""examples/: the reward. tests/e2e runs the scripts."""
+"""examples/: the reward. The scripts are run in e2e/test_chain.py and e2e/test_sweep.py."""
 
 import runpy
 from pathlib import Path
