@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from c2f_ray.cli import doctor
+from c2f_ray.cli import app
 from c2f_ray.errors import RecipeError
 from c2f_ray.reward.card import CardExample, card_examples
 from c2f_ray.reward.convert import convert_reward
@@ -140,7 +140,8 @@ def test_the_cards_examples_are_read_from_the_card(tmp_path: Path):
 def test_doctor_compares_with_the_card(tmp_path: Path, shards, capsys: pytest.CaptureFixture[str]):
     """The card's numbers are made with the model itself: right ones pass, wrong ones fail."""
     write(tmp_path, shards)
-    convert_reward(tmp_path)
+    app(["convert-reward", str(tmp_path)], standalone_mode=False)
+    assert [Path(line).name for line in capsys.readouterr().out.split()][-1] == "model.safetensors.index.json"
     reward_tokenizer().save_pretrained(tmp_path)
     pair = {"chosen": "Human: a?\nAssistant: so 1", "rejected": "Human: a?\nAssistant: so 2"}
     model, tokenizer = load_ultrarm(str(tmp_path), torch.float32), reward_tokenizer()
@@ -152,7 +153,7 @@ def test_doctor_compares_with_the_card(tmp_path: Path, shards, capsys: pytest.Ca
     for said, level, code in ((difference, "ok", 0), (-difference, "failure", 1)):
         (tmp_path / "README.md").write_text(f"{json.dumps(pair, separators=(',', ':'))},\n# Output 1: {said}\n")
         with pytest.raises(SystemExit) as ended:
-            doctor(tmp_path, reward="ultrarm")
+            app(["doctor", "--reward", "ultrarm", str(tmp_path)], standalone_mode=False)
         assert ended.value.code == code
         assert capsys.readouterr().out.startswith(
             f"{level}: example 1: chosen minus rejected {difference:.4f}, the card"
