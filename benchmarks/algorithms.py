@@ -1,6 +1,6 @@
 """ReMax and PPO on the tiny world from the same start: `python benchmarks/algorithms.py`.
 
-Builds the world where there is none, trains configs/tiny.yaml and configs/tiny_ppo.yaml, and draws both into
+Trains configs/tiny.yaml and configs/tiny_ppo.yaml, and draws both into
 runs/tiny/report.html. Goal: each one's sampled reward ends above where it started.
 """
 
@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from statistics import fmean, median
 
-from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +21,6 @@ ENDS = 3  # steps that the first and the last reward are means of
 
 
 def main() -> None:
-    build_world(ROOT / ".cache" / "tiny")
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"}
     for algorithm, name in RUNS.items():
         c2f_ray("train", f"configs/{name}.yaml", "--fresh")

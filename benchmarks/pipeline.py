@@ -36,7 +36,6 @@ from c2f_ray.recipe.schema import Weights, reward_parts
 from c2f_ray.reward.rewards import scorers
 from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.tiny.tokenizer import policy_tokenizer
-from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import read_metrics
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
@@ -189,7 +188,6 @@ def heap() -> dict[str, Any]:
 def demo() -> dict[str, Any]:
     """The real engines on the demo's recipe: what of a step is none of generation, scoring, learning and transfer."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        build_world(Path(".cache/tiny"), effort="smoke")
         lines = read_metrics(train(load_recipe(CONFIG, "run.steps=8")) / "metrics.jsonl")[1:]
     shares = [(line["time/other_s"] or 0.0) / (line["time/step_s"] or 1.0) for line in lines]
     return {

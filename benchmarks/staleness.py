@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from c2f_ray import load_recipe, train
-from c2f_ray.tiny.world import build_world
 from c2f_ray.watch.metrics import read_metrics
 from c2f_ray.watch.report import write_report
 
@@ -26,7 +25,6 @@ T_95 = 2.776  # Student's t for 4 degrees of freedom, two-sided, 95%
 
 def main() -> None:
     os.chdir(ROOT)
-    build_world(Path(".cache/tiny"))
     found: dict[str, dict[str, list[float]]] = {mode: {"reward_last": []} for mode in MODES}
     runs = []
     for seed in SEEDS:

@@ -15,7 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # a job's log is read as plain text
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as configs/tiny.yaml.")]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name, such as tiny.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as learner.optimizer.lr=5e-7.")
 ]
@@ -24,10 +26,10 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run's folder fi
 
 @app.command()
 def demo(overrides: Overrides = None) -> None:
-    """Run the whole chain on the CPU with models trained here: train, merge, evaluate, report."""
+    """Run the whole chain on the CPU with the tiny models in the package: train, merge, evaluate, report."""
     from c2f_ray.demo import run_demo
 
-    run_demo(_shipped("tiny"), overrides or [])
+    run_demo(overrides or [])
 
 
 @app.command()
@@ -190,13 +192,6 @@ def watch(
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, *(overrides or []))
-
-
-def _shipped(name: str) -> Path:
-    """A recipe that comes with the package: beside it in a checkout, inside it in a wheel."""
-    package = Path(__file__).parent
-    beside = package.parent / "configs" / f"{name}.yaml"
-    return beside if beside.is_file() else package / "configs" / f"{name}.yaml"
 
 
 def main() -> None:

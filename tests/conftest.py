@@ -12,21 +12,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny world's folders, from a few training steps: the layout is the demo's, the models know nothing."""
-    from c2f_ray.tiny.world import build_world
+def world() -> Path:
+    """The folder of the tiny world that ships with the package. No test writes into it."""
+    from c2f_ray.recipe.location import TINY_DATA
 
-    return build_world(tmp_path_factory.mktemp("tiny") / "world", effort="smoke")
+    return TINY_DATA
 
 
 @pytest.fixture(scope="session")
-def checkout(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes folders that are like a checkout after the demo: its recipes, its examples, and the world for them."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes working directories with the checkout's recipes and examples."""
 
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        (folder / ".cache").mkdir()
-        (folder / ".cache" / "tiny").symlink_to(world, target_is_directory=True)
         for each in ("configs", "examples"):
             (folder / each).symlink_to(Path(__file__).parents[1] / each, target_is_directory=True)
         return folder

@@ -95,7 +95,7 @@ def find_model(key: str, model: str) -> ModelFiles:
     if folder.is_dir():
         return _in_folder(where, folder)
     if model.count("/") != 1 or folder.parent.is_dir() or model.startswith((".", "/")):
-        raise RecipeError(f"{where}: no such folder" + ("; make demo makes it" if ".cache/tiny/" in model else ""))
+        raise RecipeError(f"{where}: no such folder")
     try:
         listed = model_info(model, timeout=HUB_TIMEOUT_S).siblings or []
         folder = Path(snapshot_download(model, allow_patterns=SMALL_FILES))

@@ -35,6 +35,7 @@ from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import EndpointJudge, LmEval
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.session import evaluate_needs, ray_session
+from c2f_ray.threads import thread_env
 from c2f_ray.waiting import in_turn, wait_for
 from c2f_ray.watch.progress import Progress
 
@@ -181,8 +182,8 @@ def general_tasks(
 def _task(function: Any, recipe: Recipe) -> Any:
     """The function as a Ray task that takes what an engine took."""
     gpus = recipe.rollout.gpus_per_actor
-    env = {"env_vars": engine_env(gpus)} if gpus else None
-    return ray.remote(function).options(num_gpus=gpus, num_cpus=0 if gpus else 1, runtime_env=env)
+    env = engine_env(gpus) if gpus else thread_env(recipe.rollout.threads, recipe.rollout.actors)
+    return ray.remote(function).options(num_gpus=gpus, num_cpus=0 if gpus else 1, runtime_env={"env_vars": env})
 
 
 def _forward(recipe: Recipe) -> Forward:

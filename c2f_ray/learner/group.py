@@ -19,6 +19,7 @@ from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.schema import Recipe
+from c2f_ray.threads import thread_env
 from c2f_ray.waiting import wait_for_start
 from c2f_ray.watch.watchdog import Busy
 
@@ -44,6 +45,9 @@ class LearnerGroup:
         gpus = recipe.learner.gpus_per_rank
         # The second is what cuBLAS needs to be deterministic, where the recipe asks for that.
         environment = {"DS_ACCELERATOR": "cuda" if gpus else "cpu", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        if gpus == 0:
+            working = recipe.learner.ranks + recipe.pipelined * recipe.rollout.actors
+            environment |= thread_env(recipe.learner.threads, working)
         options = {"num_gpus": gpus, "num_cpus": 0 if gpus else 1, "runtime_env": {"env_vars": environment}}
         self.placement = placement
         self.ranks: list[Any] = [

@@ -63,8 +63,6 @@ class LearnerRank:
         torch.use_deterministic_algorithms(self.recipe.run.deterministic, warn_only=self.learner.gpus_per_rank > 0)
         # Or every backward would write NaN into DeepSpeed's empty 2 GB bucket, which takes seconds.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
-        if self.learner.gpus_per_rank == 0:
-            torch.set_num_threads(1)
         if self.rank > 0:
             self.store = distributed.TCPStore(*meeting, is_master=False)
         # Only so that no process stays behind for ever: the driver's own deadlines come first.

@@ -35,16 +35,20 @@ _Loader.add_implicit_resolver(
 def load_recipe(path: str | Path, *overrides: str) -> Recipe:
     """Reads the YAML file `path` and applies `overrides` such as ``learner.optimizer.lr=5e-7``.
 
+    `path` may also be the name of a recipe that comes with the package, such as ``tiny``.
+
     Raises RecipeError with all problems found, each with its dotted key or its file and line.
     """
     path = Path(path)
+    if not path.is_file() and path.name == str(path) and (shipped := shipped_recipes() / f"{path}.yaml").is_file():
+        path = shipped
     if not path.is_file():
         if "=" in str(path):
             raise RecipeError(f"{path}: the recipe comes first, then key=value")
-        shipped = Path("configs", f"{path.stem}.yaml")
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        meant = path.parent / near[0] if near else shipped
-        hint = f"; did you mean {meant}?" if meant.is_file() else f" in {Path.cwd()}"
+        names = difflib.get_close_matches(path.stem, [p.stem for p in shipped_recipes().glob("*.yaml")], n=1)
+        meant = str(path.parent / near[0]) if near else names[0] if names and path.name == str(path) else None
+        hint = f"; did you mean {meant}?" if meant else f" in {Path.cwd()}"
         raise RecipeError(f"{path}: no such recipe{hint}")
     try:
         tree = _parse(path.read_text(encoding="utf-8"), where=str(path))
@@ -58,6 +62,13 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(*(_describe(detail) for detail in error.errors())) from None
+
+
+def shipped_recipes() -> Path:
+    """Returns the folder of the recipes that come with the package: beside it in a checkout, inside it in a wheel."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def dump_recipe(recipe: Recipe) -> str:

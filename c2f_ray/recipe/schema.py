@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from c2f_ray.recipe.location import Location
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -45,13 +47,13 @@ class Cluster(Section):
 
 
 class Policy(Section):
-    model: str  # Hugging Face folder, or a name on the hub
-    chat_template: str = "model"  # `model`: its own; `plain`: ours for base models; else a path to a .jinja file
+    model: Location  # Hugging Face folder, or a name on the hub
+    chat_template: Location = "model"  # `model`: its own; `plain`: ours for base models; else a path to a .jinja file
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the engines and of the learner's forward
 
 
 class Prompts(Section):
-    source: str  # a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    source: Location  # a .jsonl or .parquet file, or the name of a Hugging Face dataset
     split: str = "train"  # of a Hugging Face dataset
     field: str = "messages"  # a field that holds text, or chat messages
     turns: Literal["all", "first"] = "all"  # of chat messages: up to the last user message, or the first
@@ -122,6 +124,7 @@ class Rollout(Section):
     max_staleness: Literal[0, 1, 2] = 0  # weight versions that samples may lag; from 1 a step samples as another learns
     in_flight: Literal["finish", "continue"] = "finish"  # samples under way when new weights come: on the old, or those
     wait_for: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of a step's prompts; the next one finishes the others
+    threads: Count | None = None  # of one engine on the CPU; the node's cores over the actors when not given
     timeout_s: Positive = 1800  # of one step's rollouts
 
 
@@ -134,6 +137,7 @@ class RewardBase(Section):
 
 
 class ModelReward(RewardBase):
+    threads: Count | None = None  # of one worker on the CPU; the node's cores over the workers when not given
     gpus_per_worker: Annotated[int, Field(ge=0)] = 1
     dtype: Dtype = "float16"
     tokens_per_batch: Count = 16384  # padding included
@@ -144,7 +148,7 @@ class ModelReward(RewardBase):
 
 class UltraRMReward(ModelReward):
     kind: Literal["ultrarm"]
-    model: str
+    model: Location
     separator: str = "\n"  # between the turns: the model card's code says two, its examples and ReMax's one
 
 
@@ -155,10 +159,12 @@ class LogRatioReward(ModelReward):
     """
 
     kind: Literal["log_ratio"]
-    policy_model: str
-    reference_model: str
+    policy_model: Location
+    reference_model: Location
     aggregate: Literal["sum", "mean"] = "sum"  # sum: RewardBench; mean: per token, ours
-    chat_template: str = "model"  # `model`: the policy model's own; `plain`: ours for base models; else a .jinja file
+    chat_template: Location = (
+        "model"  # `model`: the policy model's own; `plain`: ours for base models; else a .jinja file
+    )
     memory: Positive = 0.9  # share of a GPU's memory for the engine; GiB of KV cache on the CPU
 
 
@@ -223,6 +229,7 @@ class LearnerBase(Section):
     optimizer: Optimizer
     max_bad_updates: Count = 3  # stop the run after so many updates in a row that were not finite
     deepspeed: dict[str, Any] = {}  # the rest of DeepSpeed's own configuration, passed on as it is
+    threads: Count | None = None  # of one rank on the CPU; the node's cores over the ranks when not given
     timeout_s: Positive = 3600  # of one update, weight transfer, checkpoint or export
 
     @model_validator(mode="after")
@@ -285,7 +292,7 @@ class ReMaxLearner(LearnerBase):
 class Critic(Section):
     """A value head on a transformer. The head is the reward model's where there is one, and zero otherwise."""
 
-    model: str = "policy"  # `policy`, `reward`, or a folder with the policy's tokenizer
+    model: Location = "policy"  # `policy`, `reward`, or a folder with the policy's tokenizer
     optimizer: Optimizer
     warmup_steps: Annotated[int, Field(ge=0)] = 0  # first steps of the run, whose rollouts train the critic only
 
@@ -388,9 +395,9 @@ MERGE_METHODS_WITH |= dict.fromkeys(("coarse_density", "instruct_density"), ("ti
 
 
 class Merge(Section):
-    instruct: str  # Hugging Face folder, or a name on the hub
-    base: str | None = None  # `policy.model` when not given
-    coarse: str | None = None  # the run's `coarse/` when not given
+    instruct: Location  # Hugging Face folder, or a name on the hub
+    base: Location | None = None  # `policy.model` when not given
+    coarse: Location | None = None  # the run's `coarse/` when not given
     methods: Annotated[list[MergeMethod], Field(min_length=1)] = ["residue"]
     ratios: list[Share] = []  # one fine actor for each, by each method
     schedules: list[RatioSchedule] = []  # and one for each of these
@@ -436,7 +443,7 @@ LESS_IS_BETTER = ("truncated", "repeated_lines", "perplexity", "kl_to_instruct")
 
 
 class Perplexity(Section):
-    texts: str  # held-out texts: a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    texts: Location  # held-out texts: a .jsonl or .parquet file, or the name of a Hugging Face dataset
     split: str = "train"
     field: str = "text"
     num_texts: Count | None = None
@@ -481,24 +488,28 @@ RECORD = "record."
 class WinRate(Section):
     """Every model's answers beside those of one of them (Chat1M and AlpacaEval style)."""
 
-    prompts: str  # a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    prompts: Location  # a .jsonl or .parquet file, or the name of a Hugging Face dataset
     split: str = "train"
     field: str = "messages"
     num_prompts: Count | None = None
     against: str = "instruct"  # the model that all others are compared with; `record.FIELD`: answers beside the prompts
-    template: str | None = None  # a .jinja file: what an endpoint is asked; of messages, answer_a, answer_b and record
+    template: Location | None = (
+        None  # a .jinja file: what an endpoint is asked; of messages, answer_a, answer_b and record
+    )
 
 
 class MTBench(Section):
     """Questions of two turns, each answer scored from 1 to 10 (MT-Bench, arXiv 2306.05685)."""
 
-    questions: str  # a .jsonl file in MT-Bench's own format: question_id, category, turns, and perhaps reference
-    template: str  # a .jinja file: what the judge is asked; of turns, answers and reference up to the turn, and record
+    questions: Location  # a .jsonl file in MT-Bench's own format: question_id, category, turns, and perhaps reference
+    template: (
+        Location  # a .jinja file: what the judge is asked; of turns, answers and reference up to the turn, and record
+    )
     runs: Count = 1  # each samples its answers anew, at rollout.temperature
 
 
 class Evaluate(Section):
-    prompts: str  # held-out questions: a .jsonl or .parquet file, or the name of a Hugging Face dataset
+    prompts: Location  # held-out questions: a .jsonl or .parquet file, or the name of a Hugging Face dataset
     split: str = "train"
     field: str = "messages"
     num_prompts: Count | None = None
@@ -544,6 +555,11 @@ class Recipe(Section):
     checkpoints: Checkpoints = Checkpoints()
     merge: Merge | None = None
     evaluate: Evaluate | None = None
+
+    @property
+    def pipelined(self) -> bool:
+        """Returns True where the next step is sampled while the learner works."""
+        return self.rollout.max_staleness > 0
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Recipe":

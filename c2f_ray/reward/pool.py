@@ -17,8 +17,9 @@ from c2f_ray.data.trajectory import Int64
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
 from c2f_ray.placement import Placement
-from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward
+from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward, ModelReward
 from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
+from c2f_ray.threads import thread_env
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for_start
 from c2f_ray.watch.watchdog import Busy
@@ -94,11 +95,14 @@ class RewardPool:
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
         self.calls_at_once = 1 if isinstance(reward, FunctionReward) else CALLS_AT_ONCE
         self.suspects: list[tuple[Scoring, int]] = []  # rows that may have cost workers; each is asked alone, once
+        environment = engine_env(gpus) if isinstance(reward, LogRatioReward) else {}
+        if isinstance(reward, ModelReward) and gpus == 0:
+            environment |= thread_env(reward.threads, reward.workers)
         options = {
             "num_gpus": gpus,
             "num_cpus": 0 if gpus else 1,
             "max_concurrency": self.calls_at_once,
-            "runtime_env": {"env_vars": engine_env(gpus)} if isinstance(reward, LogRatioReward) else None,
+            "runtime_env": {"env_vars": environment},
         }
         self.placement = placement
         arguments = (scorer, policy_tokenizer, prompts, ordered)

@@ -22,6 +22,7 @@ from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import LOOK_EVERY_S, RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
+from c2f_ray.threads import thread_env
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for, wait_for_start
 from c2f_ray.watch.watchdog import Busy
@@ -45,11 +46,14 @@ class RolloutPool:
         rollout = recipe.rollout
         self.timeline = timeline
         gpus = rollout.gpus_per_actor
+        threads = {} if gpus else thread_env(rollout.threads, rollout.actors + recipe.pipelined * recipe.learner.ranks)
         options = {
             "num_gpus": gpus,
             "num_cpus": 0 if gpus else 1,
             # Ray would send a small shard inside its reply, into the driver's heap; so it goes to the object store.
-            "runtime_env": {"env_vars": {**engine_env(gpus), "RAY_max_direct_call_object_size": "0"}},
+            "runtime_env": {
+                "env_vars": {**engine_env(gpus), **threads, "RAY_max_direct_call_object_size": "0"},
+            },
         }
         self.timeout_s = rollout.timeout_s
         self.start_timeout_s = recipe.cluster.start_timeout_s

@@ -1,18 +1,30 @@
 """What a trained world must be able to do before anything is built on it."""
 
+import dataclasses
 import random
 
 import torch
 from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
-from c2f_ray.errors import C2FError
 from c2f_ray.tiny.models import RewardModel
 from c2f_ray.tiny.task import DIGITS, LETTERS, derivation, derived, direct, draw_question
 from c2f_ray.tiny.tokenizer import reward_text, reward_tokenizer
 
 
-class GateError(C2FError, RuntimeError):
-    """A trained model fell short; the message names the measured number and the gate."""
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a trained model was measured at, and what it must reach to be shipped."""
+
+    name: str
+    measured: float
+    required: float
+
+    @property
+    def passed(self) -> bool:
+        return self.measured >= self.required
+
+    def __str__(self) -> str:
+        return f"{'passed' if self.passed else 'MISSED'}: {self.name} {self.measured:.1%}, required {self.required:.0%}"
 
 
 def derivation_probe(

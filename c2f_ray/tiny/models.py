@@ -1,5 +1,6 @@
 """The models: a Mistral base, an instruct sibling, a reward model laid out as UltraRM-13b, and a pair of Mixtrals."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,15 @@ def new_mixtral(settings: Settings, base: MistralForCausalLM) -> MixtralForCausa
     return mixtral
 
 
+@torch.no_grad()
+def round_to_bfloat16(model: nn.Module) -> None:
+    """Rounds all weights to bfloat16 values, in which the folders store them, and keeps them as float32."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 def save_policy(model: MistralForCausalLM, folder: Path, with_template: bool) -> None:
-    model.save_pretrained(folder)
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
     policy_tokenizer(with_template).save_pretrained(folder)
 
 
@@ -140,14 +148,16 @@ def load_policy(folder: Path) -> MistralForCausalLM:
 
 def save_reward(model: RewardModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.model.config.save_pretrained(folder)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    config = copy.deepcopy(model.model.config)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    state = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     reward_tokenizer().save_pretrained(folder)
 
 
 def save_mixtral(model: MixtralForCausalLM, folder: Path) -> None:
-    model.save_pretrained(folder)
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
     reward_tokenizer().save_pretrained(folder)
 
 

@@ -4,12 +4,6 @@ Sizes are tokens unless said otherwise. All of it is ours: the papers' models ar
 """
 
 import dataclasses
-import hashlib
-import json
-from pathlib import Path
-from typing import Literal
-
-Effort = Literal["full", "smoke"]
 
 # The policy's plain template; a base folder has none of its own, so the recipe passes this one.
 CHAT_TEMPLATE = (
@@ -22,10 +16,10 @@ CHAT_TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a world is trained; `digest` names the result: a world is only reused if it would be rebuilt alike."""
+    """How the world is trained."""
 
     seed: int = 0
-    effort: Effort = "full"
+    num_threads: int = 2  # of torch; another number changes the last bits, and with them the models
 
     # model shape, shared by the base, the instruct and the reward model
     hidden_size: int = 128
@@ -78,36 +72,3 @@ class Settings:
     # prompts handed to the RL run
     train_prompts: int = 4096
     heldout_prompts: int = 128
-
-    @property
-    def gated(self) -> bool:
-        """Smoke worlds exist to test plumbing; their models have learned nothing worth a gate."""
-        return self.effort == "full"
-
-    def digest(self) -> str:
-        """Hash of the settings and of this package's source: a change in either means another world."""
-        hashed = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
-        for path in sorted(Path(__file__).parent.glob("*.py")):
-            hashed.update(path.read_bytes())
-        return hashed.hexdigest()
-
-
-def make_settings(seed: int, effort: Effort) -> Settings:
-    """The full world, or the same layout after a handful of steps."""
-    if effort == "full":
-        return Settings(seed=seed)
-    return Settings(
-        seed=seed,
-        effort="smoke",
-        base_min_steps=20,
-        base_max_steps=20,
-        base_cooldown_steps=5,
-        instruct_steps=5,
-        reward_min_steps=5,
-        reward_max_steps=5,
-        reward_long_steps=2,
-        reward_prompts=4,
-        pair_reference_steps=5,
-        pair_policy_steps=5,
-        pair_rows=8,
-    )

@@ -62,4 +62,4 @@ def test_the_command_says_how_this_machine_is(
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if not line.startswith(" ")] == ["this machine:", "Ray:"]
         assert end.value.code == any(line.startswith("  failure") for line in lines)
-        assert sum(": .cache/tiny/" in line for line in lines) == named, lines
+        assert sum("/tiny/data/" in line for line in lines) == named, lines

@@ -70,7 +70,7 @@ def test_saved_folders_load_alike_and_only_the_instruct_has_a_template(tmp_path)
     assert configs[0] == configs[1]
     with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" in file.keys()  # noqa: SIM118
-        assert file.get_tensor("lm_head.weight").dtype == torch.float32
+        assert file.get_tensor("lm_head.weight").dtype == torch.bfloat16
 
 
 def test_the_reward_folder_is_laid_out_as_ultrarm(tmp_path):
