@@ -5,25 +5,27 @@ INSTALLED := .venv/.installed
 # Where pip is told to look for wheels, uv is told too; else uv takes torch's CPU build by itself.
 TORCH := $(if $(PIP_FIND_LINKS),$(PIP_FIND_LINKS:%=--find-links %),--torch-backend cpu)
 
-.PHONY: setup demo test chaos lint format pins clean
+.PHONY: setup demo test unit world chaos lint format pins clean
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements/cpu.txt requirements/overrides.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("c2f_ray needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
-	@echo "installing about 5 GB into .venv: some minutes"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet uv==0.13.8
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(TORCH) \
-		--override requirements/overrides.txt -r requirements/cpu.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	touch $@
+$(INSTALLED): requirements/cpu.txt requirements/overrides.txt requirements/install.sh pyproject.toml
+	@bash requirements/install.sh $(PYTHON) $(TORCH)
 
+# Settings go behind it: make demo ARGS="run.folder=/tmp/runs run.seed=2"
 demo: $(INSTALLED)
-	$(BIN)/c2f-ray demo
+	@$(BIN)/c2f-ray demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2
+
+# The target for every day: no Ray, no engine.
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 tests/unit
+
+# Trains the tiny world anew; to ship it, move it to c2f_ray/tiny/data.
+world: $(INSTALLED)
+	$(BIN)/python -m c2f_ray.tiny.train .cache/world
 
 # Every role killed in every phase, a seeded soak of twenty kills, a node taken away: half an hour on 2 busy cores.
 chaos: $(INSTALLED)

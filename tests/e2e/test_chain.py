@@ -254,7 +254,7 @@ def test_coarse_and_fine_load_in_plain_transformers_and_plain_vllm(run: Path):
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, "Q:b=c,a=2,f=e,e=a,c=3,d=f,b?\nA:", *folders],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1", "VLLM_PLUGINS": ""},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     texts = json.loads(done.stdout.split("RESULT")[1])

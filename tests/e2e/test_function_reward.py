@@ -27,7 +27,7 @@ def train(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
         [Path(sys.executable).with_name("c2f-ray"), *documented("c2f-ray train configs/tiny.yaml --fresh"),
          "run.steps=1", "prompts.per_step=8", "learner.ranks=1", "prompts.source=prompts.jsonl",
          "prompts.shuffle=false", "rollout.samples_per_prompt=2", reward],
-        cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=os.environ, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

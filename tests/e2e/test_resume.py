@@ -64,7 +64,7 @@ def train_until_killed(folder: Path, config: str, name: str, step: int) -> None:
         [sys.executable, "-c", KILLED, str(step), "train", f"configs/{config}.yaml", *settings(config, name)],
         cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert process.wait(timeout=300) == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("config", ["tiny", "tiny_ppo"])

@@ -33,7 +33,7 @@ REWARD = (
 def score(folder: Path, on_failure: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [Path(sys.executable).with_name("c2f-ray"), *COMMAND, REWARD.replace("FAILURE", on_failure)],
-        cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=os.environ, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_recipes_are_checked_without_torch():
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
