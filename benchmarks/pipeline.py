@@ -32,8 +32,8 @@ from c2f_ray.data.trajectory import Ragged
 from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.simulate import run_on_fakes
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Weights, reward_parts
-from c2f_ray.reward.rewards import scorers
+from c2f_ray.recipe.roles import scorers
+from c2f_ray.recipe.schema import Weights
 from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.tiny.tokenizer import policy_tokenizer
 from c2f_ray.watch.metrics import read_metrics
@@ -60,8 +60,7 @@ def on_fakes(work: dict[str, Any], after_step: Callable[[float, dict[str, Any]],
 
 
 def fake_work(recipe: Recipe, **work: Any) -> FakeWork:
-    (part,) = reward_parts(recipe.reward).values()
-    ((_, _, scorer),) = scorers("reward", part.reward)
+    (scorer,) = scorers(recipe)
     return FakeWork(**{"samples": (0.0,), "scores": [(scorer, 0.0)], "update": 0.0, "transfer": 0.0} | work)
 
 

@@ -11,7 +11,8 @@ from c2f_ray.driver import train
 from c2f_ray.evaluation.job import evaluate
 from c2f_ray.merging.job import merge
 from c2f_ray.recipe import load_recipe
-from c2f_ray.session import ray_session, train_needs
+from c2f_ray.recipe.roles import train_roles
+from c2f_ray.session import ray_session
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
 from c2f_ray.watch.progress import table_console
 from c2f_ray.watch.report import format_table, write_report
@@ -36,7 +37,7 @@ def run_demo(overrides: list[str]) -> None:
 
     with ExitStack() as stack:
         with timed("start"):
-            stack.enter_context(ray_session(recipe, train_needs(recipe), address="local"))
+            stack.enter_context(ray_session(recipe, train_roles(recipe), address="local"))
         with timed("train"):
             folder = train(recipe, fresh=True)
         with timed("merge"):

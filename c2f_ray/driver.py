@@ -39,11 +39,12 @@ from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.placement import Placement, reserved
 from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
-from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner, ReMaxLearner
+from c2f_ray.recipe.roles import train_roles
+from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.sampling import Carried, Learning, Rollouts, Sampler
-from c2f_ray.session import ray_session, train_needs, train_roles
+from c2f_ray.session import ray_session
 from c2f_ray.stopping import Stopping
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for
@@ -66,7 +67,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
     if checked.resume and checked.resume.state.step >= checked.total_steps and (folder / "coarse").is_dir():
         print(f"{folder} has {checked.resume.state.step} steps already, and {checked.total_steps} are asked for")
         return folder
-    with ray_session(recipe, train_needs(recipe)), ExitStack() as stack:
+    with ray_session(recipe, train_roles(recipe)), ExitStack() as stack:
         if fresh and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ class Training:
             recipe,
             prompts.ids,
             checked.groups,
-            self.greedy_rollouts,
+            self.recipe.learner.needs_greedy,
             self.rollouts,
             self.rewards,
             self.revive,
@@ -170,11 +171,6 @@ class Training:
         self.learner.wait_until_ready()
         self.rollouts.wait_until_ready()
         self.rewards.wait_until_ready()
-
-    @property
-    def greedy_rollouts(self) -> bool:
-        """Whether each prompt also gets a greedy rollout, whose reward is its baseline."""
-        return isinstance(self.recipe.learner, ReMaxLearner)
 
     def run(self, log: MetricsLog) -> None:
         if self.resume:
@@ -322,7 +318,7 @@ class Training:
                 for name, value in (asdict(decision) if decision else {}).items()
                 if value is not None
             },
-            **({} if batch.baseline is None else {"reward/greedy_mean": float(batch.baseline.mean())}),
+            **self.baseline_metric(batch),
             **learned,
             "weights/version": self.state.weight_version,
             "weights/staleness": float(self.state.weight_version - 1 - rollouts.info.weight_version.min()),
@@ -331,6 +327,11 @@ class Training:
             "time/step_s": seconds,
             "time/samples_per_s": len(rollouts.info) / seconds,
         }
+
+    def baseline_metric(self, batch: UpdateBatch) -> dict[str, float]:
+        """Returns the mean baseline under the algorithm's own name for it."""
+        name = self.recipe.learner.baseline_metric
+        return {} if batch.baseline is None or name is None else {name: float(batch.baseline.mean())}
 
     def admit(self, rollouts: Rollouts) -> None:
         """Only samples of recent weights are learned from."""
@@ -396,7 +397,7 @@ class Training:
         info, rewards = rollouts.info, rollouts.rewards
         sampled = ~info.greedy
         baseline = None
-        if self.greedy_rollouts:
+        if self.recipe.learner.needs_greedy:
             prompt = self.sampler.prompt_number(info)
             greedy = dict(zip(prompt[~sampled].tolist(), rewards[~sampled].tolist(), strict=True))
             baseline = np.array([greedy[number] for number in prompt[sampled].tolist()], np.float32)

@@ -15,25 +15,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from c2f_ray.errors import DeadlineError
+from c2f_ray.recipe.roles import Role
 from c2f_ray.recipe.schema import Cluster
 
 SAY_EVERY_S = 30.0
-
-
-@dataclass(frozen=True)
-class Role:
-    """``count`` actors of one kind, each on ``gpus`` GPUs of one node, or on a CPU."""
-
-    name: str
-    count: int
-    gpus: int
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        return {"GPU": self.gpus} if self.gpus else {"CPU": 1}
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.count} x {f'{self.gpus} GPU' if self.gpus else '1 CPU'}"
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,17 @@ from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.errors import RecipeError
 from c2f_ray.functions import load_function
 from c2f_ray.recipe import Recipe, load_recipe
+from c2f_ray.recipe.roles import Needs
 from c2f_ray.recipe.schema import (
     Evaluate,
     FunctionReward,
     LogRatioReward,
     OneReward,
     PPOLearner,
-    RejectionSamplingLearner,
     Reward,
     SumReward,
     UltraRMReward,
     WinRate,
-    critic_model,
-    reward_parts,
 )
 from c2f_ray.reward.log_ratio import encode
 from c2f_ray.reward.samples import Sample
@@ -79,7 +77,7 @@ def check_train(recipe: Recipe, fresh: bool) -> Checked:
     prompts = attempt(training_prompts, recipe, template) if template else None
     groups = attempt(prompt_groups, prompts, recipe.prompts.uniform_over) if prompts else None
     heldout = None
-    if template and isinstance(recipe.learner, RejectionSamplingLearner):
+    if template and recipe.learner.needs_heldout:
         heldout = attempt(heldout_prompts, recipe, template)
     if config:
         limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
@@ -134,8 +132,8 @@ def check_minibatches(recipe: Recipe, learner: PPOLearner) -> None:
 
 def check_critic(recipe: Recipe, learner: PPOLearner) -> None:
     """A critic that starts from another model than the policy must read the same token ids, and as many of them."""
-    model, key = critic_model(recipe), "learner.critic.model"
-    if model == recipe.policy.model:
+    model, key = recipe.critic_model, "learner.critic.model"
+    if model is None or model == recipe.policy.model:
         return
     config = check_model(key, model)
     limits = ("prompts.max_tokens", recipe.prompts.max_tokens, "length.max_tokens", recipe.length.max_tokens)
@@ -173,10 +171,9 @@ def check_lora(recipe: Recipe, config: PreTrainedConfig) -> None:
 def check_reward(reward: Reward) -> None:
     """Raises RecipeError with the problems of all rewards together."""
     problems: list[str] = []
-    for name, part in reward_parts(reward).items():
-        key = f"reward.parts.{name}.reward" if isinstance(reward, SumReward) else "reward"
+    for name, part in reward.named_parts().items():
         try:
-            check_one_reward(key, part.reward)
+            check_one_reward(reward.part_key(name), part.reward)
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
@@ -187,13 +184,12 @@ def check_one_reward(key: str, reward: UltraRMReward | LogRatioReward | Function
     if isinstance(reward, FunctionReward):
         load_function(f"{key}.function", reward.function)
         return
-    named = ("model",) if isinstance(reward, UltraRMReward) else ("policy_model", "reference_model")
-    for field in named:
+    for field in reward.model_signs:
         model = getattr(reward, field)
         config = check_model(f"{key}.{field}", model)
         context = getattr(config, "max_position_embeddings", reward.max_tokens)
-        # A log ratio's engine generates one token, which nobody reads.
-        most = context if isinstance(reward, UltraRMReward) else context - 1
+        # An engine generates one token more, which nobody reads.
+        most = context - reward.generates
         if reward.max_tokens > most:
             raise RecipeError(
                 f"{key}.max_tokens: {reward.max_tokens} is beyond the context of {model}, which has room for {most}; "
@@ -352,15 +348,14 @@ def with_absolute_folders(recipe: Recipe) -> Recipe:
     else:
         reward = _with_absolute_models(reward)
     learner = recipe.learner
-    if isinstance(learner, PPOLearner) and learner.critic.model not in ("policy", "reward"):
+    if isinstance(learner, PPOLearner) and learner.names_a_critic:
         critic = learner.critic.model_copy(update={"model": absolute_folder(learner.critic.model)})
         learner = learner.model_copy(update={"critic": critic})
     return recipe.model_copy(update={"policy": policy, "reward": reward, "learner": learner})
 
 
 def _with_absolute_models(reward: OneReward) -> OneReward:
-    fields = [field for field in ("model", "policy_model", "reference_model") if hasattr(reward, field)]
-    return reward.model_copy(update={field: absolute_folder(getattr(reward, field)) for field in fields})
+    return reward.model_copy(update={field: absolute_folder(getattr(reward, field)) for field in reward.model_signs})
 
 
 def check_context(
@@ -379,14 +374,6 @@ def check_context(
             f"{prompt_key} {prompt} and {response_key} {response} together{times} are {turns * (prompt + response)} "
             f"tokens, beyond the {owner}'s context of {context}; lower one of them"
         )
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the actors of a job reserve together."""
-
-    gpus: int
-    cpus: int
 
 
 def check_resources(needs: Needs, machine: dict[str, Any]) -> None:

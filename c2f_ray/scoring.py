@@ -19,9 +19,10 @@ from c2f_ray.data.prompts import PromptSource
 from c2f_ray.errors import BadRewardError, RecipeError
 from c2f_ray.preflight import check_reward, with_absolute_folders
 from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.roles import reward_roles
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.reward.samples import Sample
-from c2f_ray.session import ray_session, score_needs
+from c2f_ray.session import ray_session
 
 SHARD_RECORDS = 32
 SHARDS_AHEAD = 8  # on their way to the workers
@@ -45,7 +46,7 @@ def score(recipe: Recipe, source: Path, out: Path) -> dict[str, float]:
     recipe = with_absolute_folders(recipe)
     records, done = check_score(recipe, source, out)
     left = records[len(done) :]
-    with ray_session(recipe, score_needs(recipe)), ExitStack() as stack:
+    with ray_session(recipe, reward_roles(recipe)), ExitStack() as stack:
         progress = stack.enter_context(Progress())
         bar = progress.add_task(f"scoring {source.name}", total=len(records), completed=len(done))
         rewards = stack.enter_context(

@@ -11,58 +11,21 @@ import ray
 from ray._private import ray_constants, services
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.placement import Role
-from c2f_ray.preflight import Needs, check_resources
+from c2f_ray.preflight import check_resources
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import reward_parts
-from c2f_ray.reward.rewards import scorers
+from c2f_ray.recipe.roles import Role, needs_of
 
 PROBE_S = 5.0
 SPARE_CPUS = 2  # for tasks, such as merging
 
 
-def train_needs(recipe: Recipe) -> Needs:
-    """What the actors of `train` reserve. An actor without a GPU takes a CPU."""
-    return _needs(train_roles(recipe))
-
-
-def train_roles(recipe: Recipe) -> list[Role]:
-    return [*_inference(recipe), Role("learner", recipe.learner.ranks, recipe.learner.gpus_per_rank)]
-
-
-def evaluate_needs(recipe: Recipe) -> Needs:
-    return _needs(_inference(recipe))
-
-
-def score_needs(recipe: Recipe) -> Needs:
-    return _needs(_rewards(recipe))
-
-
-def _inference(recipe: Recipe) -> list[Role]:
-    return [Role("rollout", recipe.rollout.actors, recipe.rollout.gpus_per_actor), *_rewards(recipe)]
-
-
-def _rewards(recipe: Recipe) -> list[Role]:
-    return [
-        Role(f"reward {label}", part.reward.workers, scorer.gpus)
-        for name, part in reward_parts(recipe.reward).items()
-        for label, _, scorer in scorers(name, part.reward)
-    ]
-
-
-def _needs(roles: list[Role]) -> Needs:
-    return Needs(
-        gpus=sum(role.count * role.gpus for role in roles),
-        cpus=sum(role.count for role in roles if role.gpus == 0),
-    )
-
-
 @contextmanager
-def ray_session(recipe: Recipe, needs: Needs, address: str | None = None) -> Iterator[None]:
+def ray_session(recipe: Recipe, roles: list[Role], address: str | None = None) -> Iterator[None]:
     """Joins or starts Ray, and ends what it started. A local Ray, which cannot grow, is refused if it is too small.
 
     `address` as in RAY_ADDRESS, whose value it is when not given.
     """
+    needs = needs_of(roles)
     started = not ray.is_initialized()
     local = False
     if started:

@@ -19,9 +19,8 @@ from packaging.requirements import Requirement
 
 from c2f_ray.errors import RecipeError
 from c2f_ray.plan.estimate import disk, read_models
-from c2f_ray.plan.rewards import scorings
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import PPOLearner, critic_model
+from c2f_ray.recipe.roles import named_models
 
 GB = 1e9
 DRIVERS = {"12": 525, "13": 580}  # the oldest driver of each CUDA, from NVIDIA's compatibility table
@@ -193,7 +192,7 @@ def models(recipe: Recipe | None) -> Iterator[Finding]:
     mode = "offline" if constants.HF_HUB_OFFLINE else "online"
     token = "with" if get_token() else "without"
     yield ok(f"Hugging Face: {mode}, {token} a token, cache at {constants.HF_HUB_CACHE}")
-    for key, model in (_models_of(recipe) if recipe else {}).items():
+    for key, model in named_models(recipe) if recipe else []:
         if (Path(model) / "config.json").is_file():
             yield ok(f"{key}: {model}")
         elif model.count("/") != 1 or model.startswith((".", "/")):
@@ -204,16 +203,6 @@ def models(recipe: Recipe | None) -> Iterator[Finding]:
             yield failure(f"{key}: {model} is not in the cache", "unset HF_HUB_OFFLINE, or fetch it: hf download")
         else:
             yield warning(f"{key}: {model} is not in the cache", f"fetch it before the run: hf download {model}")
-
-
-def _models_of(recipe: Recipe) -> dict[str, str]:
-    found = {"policy.model": recipe.policy.model}
-    found |= {scoring.key: scoring.model for scoring in scorings(recipe) if scoring.model}
-    if isinstance(recipe.learner, PPOLearner) and recipe.learner.critic.model not in ("policy", "reward"):
-        found["learner.critic.model"] = critic_model(recipe)
-    if recipe.merge:
-        found["merge.instruct"] = recipe.merge.instruct
-    return found
 
 
 def _in_cache(model: str) -> bool:

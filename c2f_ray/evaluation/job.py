@@ -32,9 +32,10 @@ from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.evaluation.tasks import run_tasks, task_metrics, tasks_stamp
 from c2f_ray.preflight import absolute_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.roles import evaluate_roles
 from c2f_ray.recipe.schema import EndpointJudge, LmEval
 from c2f_ray.reward.rewards import Rewards, ScoredShard
-from c2f_ray.session import evaluate_needs, ray_session
+from c2f_ray.session import ray_session
 from c2f_ray.threads import thread_env
 from c2f_ray.waiting import in_turn, wait_for
 from c2f_ray.watch.progress import Progress
@@ -50,7 +51,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
     """
     recipe = with_absolute_folders(recipe)
     plan = check_evaluate(recipe)
-    with ray_session(recipe, evaluate_needs(recipe)), Progress(len(plan.candidates)) as progress:
+    with ray_session(recipe, evaluate_roles(recipe)), Progress(len(plan.candidates)) as progress:
         models, shards = _respond(recipe, plan, progress)
         if plan.settings.perplexity or plan.settings.kl_to_instruct:
             progress.stage("measuring likelihoods")

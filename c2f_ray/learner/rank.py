@@ -8,7 +8,7 @@ import json
 import os
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 import ray
@@ -28,7 +28,7 @@ from c2f_ray.learner.ppo import PPO
 from c2f_ray.learner.remax import ReMax
 from c2f_ray.learner.sft import SFT
 from c2f_ray.learner.tally import Tally
-from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner, critic_model
+from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner
 from c2f_ray.store import open_store
 from c2f_ray.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
@@ -81,6 +81,8 @@ class LearnerRank:
                 return self._remax(self.learner)
             case RejectionSamplingLearner():
                 return self._sft(self.learner)
+            case unknown:
+                assert_never(unknown)
 
     def _sft(self, learner: RejectionSamplingLearner) -> SFT:
         from c2f_ray.learner import engine
@@ -102,11 +104,13 @@ class LearnerRank:
     def _ppo(self, learner: PPOLearner) -> PPO:
         from c2f_ray.learner import engine
 
+        critic = self.recipe.critic_model
+        assert critic is not None  # PPO has one
         steps = learner.epochs * learner.minibatches  # of each optimizer in one update
         module = engine.load_policy(self.recipe.policy, learner, entropy_gradient=learner.entropy_coefficient > 0)
         policy_steps = (self.total_updates - learner.critic.warmup_steps) * steps
         policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
-        values = engine.load_critic(critic_model(self.recipe), self.recipe.policy, learner)
+        values = engine.load_critic(critic, self.recipe.policy, learner)
         critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
         reference = self._reference(policy, learner.kl_coefficient)
         return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)

@@ -22,8 +22,9 @@ from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
 from c2f_ray.merging.files import replace_file, room_in
 from c2f_ray.merging.plan import BEGUN, MergePlan, check_merge
 from c2f_ray.merging.shards import Work, merge_shard
-from c2f_ray.preflight import Needs, run_folder
+from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.roles import Role
 from c2f_ray.session import ray_session
 
 
@@ -35,7 +36,7 @@ def merge(recipe: Recipe) -> list[Path]:
     """
     plan = check_merge(recipe)
     if plan.todo or plan.goes_on():
-        with ray_session(recipe, Needs(gpus=0, cpus=1)):
+        with ray_session(recipe, [Role("merge", 1, 0)]):
             run_merge(plan)
     return [run_folder(recipe) / "fine" / variant.name for variant in plan.variants]
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from math import acos, sin, sqrt
+from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from c2f_ray.recipe.schema import MergeMethod
 
 # Which models each method reads.
 ROLES = {
@@ -138,7 +141,7 @@ def widen(inputs: Mapping[str, Tensor], scratch: Mapping[str, Tensor]) -> dict[s
 
 
 def merge_piece(
-    method: str,
+    method: MergeMethod,
     wide: Mapping[str, Tensor],
     ratio: float,
     settings: Settings,
@@ -150,6 +153,10 @@ def merge_piece(
 
     ``out``, as in torch, is memory that the result may be written into.
     """
+
+    def onto_base() -> tuple[Tensor, Tensor, Tensor, float, float]:
+        return wide["base"], wide["delta_i"], wide["delta_c"], ratio, settings.scale
+
     match method:
         case "residue":
             return residue(wide["instruct"], wide["delta_c"], ratio, out)
@@ -157,15 +164,14 @@ def merge_piece(
             return interpolate(wide["instruct"], wide["coarse"], ratio, out)
         case "slerp":
             return slerp(wide["instruct"], wide["coarse"], ratio, whole.cosine, out)
-    onto_base = (wide["base"], wide["delta_i"], wide["delta_c"], ratio, settings.scale)
-    match method:
         case "task_arithmetic":
-            return task_arithmetic(*onto_base, out)
+            return task_arithmetic(*onto_base(), out)
         case "ties":
-            return ties(*onto_base, whole)
+            return ties(*onto_base(), whole)
         case "dare":
-            return dare(*onto_base, factors)
-    raise ValueError(method)
+            return dare(*onto_base(), factors)
+        case unknown:
+            assert_never(unknown)
 
 
 def look_at_whole(

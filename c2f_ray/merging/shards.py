@@ -38,7 +38,7 @@ PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache, fewe
 class Variant:
     """One fine actor to be made."""
 
-    method: str
+    method: MergeMethod
     label: str  # the ratio, or the name of its schedule
     ratios: dict[str, float]  # by tensor
 

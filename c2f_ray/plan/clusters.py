@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.plan.rewards import scorings
 from c2f_ray.recipe import Recipe
+from c2f_ray.recipe.roles import train_roles
 
 GIB = 2**30
 
@@ -70,12 +70,11 @@ class Actor:
 
 def actors_of(recipe: Recipe) -> list[Actor]:
     """All that `train` starts. An actor without a GPU takes a CPU."""
-    groups = [
-        ("rollout", recipe.rollout.actors, recipe.rollout.gpus_per_actor),
-        *(("reward", scoring.reward.workers, scoring.gpus) for scoring in scorings(recipe)),
-        ("learner", recipe.learner.ranks, recipe.learner.gpus_per_rank),
+    return [
+        Actor(role.name.split()[0], role.gpus, int(role.gpus == 0))
+        for role in train_roles(recipe)
+        for _ in range(role.count)
     ]
-    return [Actor(role, gpus, int(gpus == 0)) for role, count, gpus in groups for _ in range(count)]
 
 
 def gpu_type(key: str, name: str, memory_gib: float | None = None) -> Gpu:

@@ -21,22 +21,14 @@ from c2f_ray.plan.memory import (
     trainable,
 )
 from c2f_ray.plan.model import ModelShape, read_model
-from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import Models, Step, step, transfer_bytes
-from c2f_ray.recipe.schema import (
-    FunctionReward,
-    LogRatioReward,
-    PPOLearner,
-    Recipe,
-    RejectionSamplingLearner,
-    SumReward,
-    critic_model,
-)
+from c2f_ray.recipe.roles import scorers
+from c2f_ray.recipe.schema import ModelReward, Recipe
 
 
 @dataclass(frozen=True)
 class Role:
-    name: str  # `rollout`, what `scorings` says, `learner`
+    name: str  # `rollout`, what `scorers` says, `learner`
     gpus: int  # of one actor
     memory: Memory  # of one of its GPUs, or of its process where it has none
     room: float  # bytes that it may take
@@ -70,19 +62,19 @@ def read_models(recipe: Recipe) -> Models:
             return None
 
     policy = read("policy.model", recipe.policy.model)
-    ppo = isinstance(recipe.learner, PPOLearner)
-    own_critic = ppo and critic_model(recipe) != recipe.policy.model
-    critic = read("learner.critic.model", critic_model(recipe)) if own_critic else policy
-    scoring = [read(each.key, each.model) for each in scorings(recipe)]
+    critic = policy
+    if recipe.critic_model != recipe.policy.model:
+        critic = read("learner.critic.model", recipe.critic_model)
+    scoring = [read(each.key, each.model) for each in scorers(recipe)]
     if problems or policy is None:
         raise RecipeError(*problems)
-    return Models(policy, critic if ppo else None, scoring)
+    return Models(policy, critic if recipe.learner.has_critic else None, scoring)
 
 
 def estimate(recipe: Recipe, nodes: Nodes, network: float) -> Estimate:
     """``network``: bytes a second between nodes."""
     models = read_models(recipe)
-    limits = sorted({getattr(recipe.length, "start_tokens", recipe.length.max_tokens), recipe.length.max_tokens})
+    limits = sorted({recipe.length.first_tokens, recipe.length.max_tokens})
     roles = roles_of(recipe, models, nodes.gpu)
     placed, left = place(actors_of(recipe), nodes.nodes)
     per_node = max((node.gpus for node in nodes.nodes), default=0)
@@ -119,9 +111,9 @@ def roles_of(recipe: Recipe, models: Models, gpu: Gpu) -> list[Role]:
     cached = WIDTH[recipe.policy.dtype] * models.policy.kv_elements * sequence / max(1, rollout.gpus_per_actor)
     held = Memory(engine.memory.gpu | {"KV cache of one sequence": cached}, {})
     roles = [Role("rollout", rollout.gpus_per_actor, held, rollout.memory * gpu.memory)]
-    for scoring, shape in zip(scorings(recipe), models.reward, strict=True):
-        share = scoring.reward.memory if isinstance(scoring.reward, LogRatioReward) else 1.0
-        roles.append(Role(scoring.name, scoring.gpus, reward_memory(scoring, shape), share * gpu.memory))
+    for scorer, shape in zip(scorers(recipe), models.reward, strict=True):
+        share = getattr(scorer.reward, "memory", 1.0)  # an engine's
+        roles.append(Role(scorer.title, scorer.gpus, reward_memory(scorer, shape), share * gpu.memory))
     learning = learner_memory(recipe, models.policy, models.critic)
     return [*roles, Role("learner", learner.gpus_per_rank, learning, gpu.memory)]
 
@@ -155,9 +147,9 @@ def _changes(role: str, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from (("rollout", {"gpus_per_actor": gpus}) for gpus in (2, 4, 8))
     elif role.startswith("reward"):
         reward = recipe.reward
-        if not isinstance(reward, FunctionReward | SumReward):
+        if isinstance(reward, ModelReward):
             yield "reward", {"tokens_per_batch": min(reward.tokens_per_batch, reward.max_tokens)}
-        if isinstance(reward, LogRatioReward):
+        if reward.generates:
             yield from (("reward", {"gpus_per_worker": gpus}) for gpus in (2, 4, 8))
     else:
         yield "learner", {"gradient_checkpointing": True}
@@ -189,12 +181,12 @@ def best_split(
     """The actors that make the quickest step at the longest limit on the recipe's GPUs, or on those that there are."""
     rollout, learner, limit = recipe.rollout, recipe.learner, recipe.length.max_tokens
     # GPUs that one worker more, of each model that scores, takes; the parts of a sum stay as they are.
-    unit = 0 if isinstance(recipe.reward, SumReward) else sum(scoring.gpus for scoring in scorings(recipe))
+    unit = 0 if recipe.reward.is_sum else sum(scorer.gpus for scorer in scorers(recipe))
     total = min(nodes.gpus, sum(actor.gpus for actor in actors_of(recipe)))
     free = total if unit else total - sum(actor.gpus for actor in actors_of(recipe) if actor.role == "reward")
     stride = ceil(total / 64)  # of more GPUs than that a coarser choice is enough
     samples = recipe.prompts.per_step * rollout.samples_per_prompt
-    most_ranks = samples // learner.minibatches if isinstance(learner, PPOLearner) else samples
+    most_ranks = learner.most_ranks(samples)
     engine = engine_memory(recipe, models.policy, nodes.gpu.memory, limit)
     if engine.in_flight == 0:
         return None
@@ -227,7 +219,7 @@ def disk(recipe: Recipe, models: Models) -> dict[str, float]:
         * (keep.keep_last + keep.keep_best + 1),
         "coarse actor": export,
     }
-    if isinstance(recipe.learner, RejectionSamplingLearner) and recipe.learner.restart_from == "start":
+    if recipe.learner.keeps_start:
         found["weights at the start"] = MASTER * learning
     if recipe.merge:
         count = len(recipe.merge.methods) * (len(recipe.merge.ratios) + len(recipe.merge.schedules))

@@ -20,8 +20,8 @@ from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.placement import Placement
-from c2f_ray.recipe.schema import LogRatioReward
-from c2f_ray.reward.worker import RewardWorker, Scorer
+from c2f_ray.recipe.roles import Scorer
+from c2f_ray.reward.worker import RewardWorker
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
 
 
@@ -148,8 +148,7 @@ class FakeRewardWorkers:
 
     async def begin(self, number: int, scorer: Scorer, *_: Any) -> None:
         self.seconds = next(seconds for known, seconds in self.scores if known == scorer)
-        reward = scorer.reward
-        self.sign = 0.0 if isinstance(reward, LogRatioReward) and scorer.model == reward.reference_model else 1.0
+        self.sign = max(scorer.sign, 0.0)
 
     async def ready(self, number: int) -> bool:
         return True

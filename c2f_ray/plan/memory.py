@@ -7,8 +7,8 @@ Formulas follow what DeepSpeed 0.19, transformers 5.19 and vLLM 0.32 allocate as
 from dataclasses import dataclass
 
 from c2f_ray.plan.model import ModelShape
-from c2f_ray.plan.rewards import Scoring
-from c2f_ray.recipe.schema import FunctionReward, LearnerBase, LogRatioReward, Lora, Recipe, RejectionSamplingLearner
+from c2f_ray.recipe.roles import Scorer
+from c2f_ray.recipe.schema import LearnerBase, Lora, ModelReward, Recipe
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
@@ -50,7 +50,7 @@ def learner_memory(recipe: Recipe, policy: ModelShape, critic: ModelShape | None
                 total[name] = total.get(name, 0) + size
         largest_bucket = max(largest_bucket, min(_zero(learner, "reduce_bucket_size"), learning))
     # Both models' gradients are summed before either takes its step; buckets and activations come one after the other.
-    if has_reference(recipe) and learner.lora is None:
+    if learner.has_reference and learner.lora is None:
         cut = learner.ranks if learner.zero_stage == 3 else 1
         (host if learner.offload == "all" else gpu)["reference"] = width * policy.parameters / cut
     gpu["buckets"] = width * largest_bucket * (len(models) if learner.zero_stage == 3 else 1)
@@ -65,11 +65,6 @@ def learner_memory(recipe: Recipe, policy: ModelShape, critic: ModelShape | None
     if learner.gpus_per_rank:
         gpu["CUDA, NCCL"] = CUDA_BYTES
     return Memory(gpu, host)
-
-
-def has_reference(recipe: Recipe) -> bool:
-    learner = recipe.learner
-    return not isinstance(learner, RejectionSamplingLearner) and learner.kl_coefficient > 0
 
 
 def trainable(shape: ModelShape, lora: Lora | None) -> float:
@@ -161,18 +156,17 @@ def engine_memory(recipe: Recipe, policy: ModelShape, gpu_memory: float, respons
     return Engine(Memory(own, {}), kv_tokens, in_flight)
 
 
-def reward_memory(scoring: Scoring, shape: ModelShape | None) -> Memory:
+def reward_memory(scorer: Scorer, shape: ModelShape | None) -> Memory:
     """Of one GPU of a reward worker. A log ratio's model is a vLLM engine, and has a prompt's logits whole."""
-    reward = scoring.reward
-    if isinstance(reward, FunctionReward) or shape is None:
+    reward = scorer.reward
+    if not isinstance(reward, ModelReward) or shape is None:
         return Memory({}, {})
     width, gpus = WIDTH[reward.dtype], max(1, reward.gpus_per_worker)
-    judges = isinstance(reward, LogRatioReward)
     gpu = {
-        "weights": width * (shape.parameters if judges else shape.trunk) / gpus,
+        "weights": width * (shape.parameters if reward.generates else shape.trunk) / gpus,
         "activations": forward_bytes(shape, width, reward.tokens_per_batch) / gpus,
     }
-    if judges:
+    if reward.generates:
         gpu["logits"] = LOGITS * shape.vocabulary * reward.max_tokens
         gpu["KV cache of one sequence"] = width * shape.kv_elements * reward.max_tokens / gpus
     if reward.gpus_per_worker:

@@ -1,21 +1,13 @@
 """Seconds of a step by role, from the rates of data sheets: not yet compared with a run on GPUs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 from c2f_ray.plan.clusters import CPU, Gpu
-from c2f_ray.plan.memory import WIDTH, Engine, has_reference, trainable
+from c2f_ray.plan.memory import WIDTH, Engine, trainable
 from c2f_ray.plan.model import ModelShape
-from c2f_ray.plan.rewards import Scoring, scorings
-from c2f_ray.recipe.schema import (
-    FunctionReward,
-    LogRatioReward,
-    PPOLearner,
-    Recipe,
-    RejectionSamplingLearner,
-    ReMaxLearner,
-)
+from c2f_ray.recipe.roles import Scorer, scorers
+from c2f_ray.recipe.schema import ModelReward, Recipe
 
 # Shares of a data sheet's peak that kernels reach, and what is not on it. Of ours, on the careful side of what is
 # published for models of this size; arXiv 2205.05198 reports 42% to 56% of an A100's peak in training.
@@ -40,7 +32,7 @@ ASSUMPTIONS = (
 class Models:
     policy: ModelShape
     critic: ModelShape | None
-    reward: list[ModelShape | None]  # as `scorings` has them; a function is None
+    reward: list[ModelShape | None]  # as `scorers` has them; a function is None
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Step:
     """Seconds of one step's parts."""
 
     rollout: float
-    scores: list[float]  # as `scorings` has them; they work side by side
+    scores: list[float]  # as `scorers` has them; they work side by side
     learner: float
     weights: float
     pipelined: bool  # the next step is sampled beside the learner
@@ -65,9 +57,9 @@ class Step:
 
 def num_rollouts(recipe: Recipe) -> int:
     """Of one step; rejection sampling samples its held-out prompts too."""
-    per_prompt = recipe.rollout.samples_per_prompt + isinstance(recipe.learner, ReMaxLearner)
+    per_prompt = recipe.rollout.samples_per_prompt + recipe.learner.needs_greedy
     heldout = 0
-    if isinstance(recipe.learner, RejectionSamplingLearner) and recipe.evaluate:
+    if recipe.learner.needs_heldout and recipe.evaluate:
         heldout = recipe.evaluate.num_prompts or 0
     return (recipe.prompts.per_step + heldout) * per_prompt
 
@@ -82,12 +74,12 @@ def step(recipe: Recipe, models: Models, gpu: Gpu, engine: Engine, response: int
     return Step(
         rollout=_rollout(recipe, models.policy, gpu, engine, prompt, response),
         scores=[
-            _scores(recipe, scoring, shape, gpu, prompt + response)
-            for scoring, shape in zip(scorings(recipe), models.reward, strict=True)
+            _scores(recipe, scorer, shape, gpu, prompt + response)
+            for scorer, shape in zip(scorers(recipe), models.reward, strict=True)
         ],
         learner=_learner(recipe, models, gpu, prompt, response, NODE_LINK if recipe.learner.ranks <= node else network),
         weights=transfer_bytes(recipe, models.policy) / network,
-        pipelined=recipe.rollout.max_staleness > 0,
+        pipelined=recipe.pipelined,
     )
 
 
@@ -108,24 +100,27 @@ def _rollout(recipe: Recipe, policy: ModelShape, gpu: Gpu, engine: Engine, promp
     return share / together * response * token + prefill
 
 
-def _scores(recipe: Recipe, scoring: Scoring, shape: ModelShape | None, gpu: Gpu, length: int) -> float:
+def _scores(recipe: Recipe, scorer: Scorer, shape: ModelShape | None, gpu: Gpu, length: int) -> float:
     """What is a function, or runs without a GPU where others have one, has no known rate, and counts as none."""
-    reward = scoring.reward
-    if isinstance(reward, FunctionReward) or shape is None or (reward.gpus_per_worker == 0 and gpu is not CPU):
+    reward = scorer.reward
+    if not isinstance(reward, ModelReward) or shape is None or (reward.gpus == 0 and gpu is not CPU):
         return 0.0
     read = min(length, reward.max_tokens)
-    flops = shape.forward_flops(num_rollouts(recipe) * read, read, head=isinstance(reward, LogRatioReward))
+    flops = shape.forward_flops(num_rollouts(recipe) * read, read, head=reward.generates)
     return flops / (reward.workers * max(1, reward.gpus_per_worker) * gpu.flops * FORWARD)
 
 
 def _learner(recipe: Recipe, models: Models, gpu: Gpu, prompt: int, response: int, link: float) -> float:
     learner, width = recipe.learner, WIDTH[recipe.policy.dtype]
-    samples, length = recipe.prompts.per_step * recipe.rollout.samples_per_prompt, prompt + response
-    if isinstance(learner, RejectionSamplingLearner):
-        samples = ceil(recipe.prompts.per_step * learner.top_fraction)  # the best of each prompt
+    samples = learner.learned_samples(recipe.prompts.per_step, recipe.rollout.samples_per_prompt)
+    length = prompt + response
     micro_batches = ceil(samples * length / (learner.ranks * learner.tokens_per_microbatch))
     seconds = 0.0
-    for shape, head, forwards, epochs, optimizer_steps, learning in _passes(recipe, models, samples):
+    for passes in learner.passes(samples):
+        head = passes.model == "policy"  # a critic has no output layer
+        shape = models.policy if head or models.critic is None else models.critic
+        learning = trainable(shape, learner.lora) if head else shape.trunk
+        forwards, epochs = passes.forwards, passes.backwards
         one = shape.forward_flops(samples * length, length, head=False)
         one += 2 * shape.embedding * samples * response * head
         # A backward is two forwards: of the inputs' gradient and, where all weights learn, of theirs.
@@ -134,27 +129,8 @@ def _learner(recipe: Recipe, models: Models, gpu: Gpu, prompt: int, response: in
         seconds += flops / (learner.ranks * gpu.flops * TRAINING)
         share = learning / learner.ranks
         touched = HOST_MEMORY if learner.offload != "none" else gpu.bandwidth
-        seconds += optimizer_steps * ADAM_BYTES * share / touched
+        seconds += passes.optimizer_steps * ADAM_BYTES * share / touched
         if learner.ranks > 1:  # gradients are summed in every micro-batch; ZeRO-3 gathers the weights for each pass
             gathers = (forwards + 2 * epochs) * shape.parameters if learner.zero_stage == 3 else 0
             seconds += micro_batches * width * (epochs * learning + gathers) / link
     return seconds
-
-
-def _passes(recipe: Recipe, models: Models, samples: int) -> Iterator[tuple[ModelShape, bool, int, int, int, float]]:
-    """Of each model that learns: its shape, whether it has an output layer, forward passes without gradient (the
-    reference's too), passes that learn, optimizer steps, parameters that learn.
-    """
-    learner, policy, critic = recipe.learner, models.policy, models.critic
-    learning = trainable(policy, learner.lora)
-    match learner:
-        case PPOLearner():
-            steps = learner.epochs * learner.minibatches
-            yield policy, True, 1 + has_reference(recipe), learner.epochs, steps, learning
-            assert critic is not None
-            yield critic, False, 1, learner.epochs, steps, critic.trunk
-        case ReMaxLearner():
-            yield policy, True, int(has_reference(recipe)), 1, 1, learning
-        case RejectionSamplingLearner():
-            steps = learner.epochs * ceil(samples / learner.responses_per_update)
-            yield policy, True, 0, learner.epochs, steps, learning

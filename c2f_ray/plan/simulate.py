@@ -27,10 +27,10 @@ from c2f_ray.plan.estimate import Estimate
 from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.schedule import Step, num_rollouts, step
 from c2f_ray.plan.table import told_seconds
-from c2f_ray.preflight import Checked, Needs
+from c2f_ray.preflight import Checked
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import FixedLength, RejectionSamplingLearner, reward_parts
-from c2f_ray.reward.rewards import scorers
+from c2f_ray.recipe.roles import scorers
+from c2f_ray.recipe.schema import FixedLength
 from c2f_ray.sampling import Rollouts
 from c2f_ray.session import ray_session
 from c2f_ray.timeline import Span, Timeline, read_trace, spans_of
@@ -73,7 +73,7 @@ def simulate(recipe: Recipe, found: Estimate, network: float) -> Simulation:
         windows.append((began, time.time()))
         own.append(metrics["time/other_s"])
 
-    with TemporaryDirectory() as folder, ray_session(recipe, Needs(0, 0), "local"):
+    with TemporaryDirectory() as folder, ray_session(recipe, [], "local"):
         run = Path(folder)
         recipe = _shortened(recipe, run)
         with closing(FakeActors(work=fake_work(recipe, planned, scale))) as actors:
@@ -117,7 +117,7 @@ def _shortened(recipe: Recipe, folder: Path) -> Recipe:
         "run": recipe.run.model_copy(update=run),
         "length": FixedLength(rule="fixed", max_tokens=recipe.length.max_tokens),
     }
-    if isinstance(recipe.learner, RejectionSamplingLearner):
+    if hasattr(recipe.learner, "min_margin"):
         changed["learner"] = recipe.learner.model_copy(update={"min_margin": None})  # fake rewards have no margins
     return recipe.model_copy(update=changed)
 
@@ -125,14 +125,11 @@ def _shortened(recipe: Recipe, folder: Path) -> Recipe:
 def fake_work(recipe: Recipe, planned: Step, scale: float) -> FakeWork:
     """The estimate's seconds, divided by ``scale`` and, of rollouts and scores, among the samples."""
     count = num_rollouts(recipe)
-    found = [
-        scorer for name, part in reward_parts(recipe.reward).items() for _, _, scorer in scorers(name, part.reward)
-    ]
     return FakeWork(
         samples=(planned.rollout / ceil(count / recipe.rollout.actors) / scale,),
         scores=[
             (scorer, seconds * scorer.reward.workers / count / scale)
-            for scorer, seconds in zip(found, planned.scores, strict=True)
+            for scorer, seconds in zip(scorers(recipe), planned.scores, strict=True)
         ],
         update=planned.learner / scale,
         transfer=planned.weights / scale,
@@ -142,7 +139,7 @@ def fake_work(recipe: Recipe, planned: Step, scale: float) -> FakeWork:
 def fake_checked(recipe: Recipe) -> Checked:
     """As many prompts as the steps draw, of no text."""
     heldout = None
-    if isinstance(recipe.learner, RejectionSamplingLearner):
+    if recipe.learner.needs_heldout:
         assert recipe.evaluate is not None  # the recipe is refused otherwise
         heldout = fake_prompts("heldout", recipe.evaluate.num_prompts or 1)
     steps = recipe.run.steps or 0

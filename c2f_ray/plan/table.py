@@ -9,8 +9,8 @@ from rich.table import Table
 from c2f_ray.plan.clusters import actors_of
 from c2f_ray.plan.estimate import Estimate, Role
 from c2f_ray.plan.memory import GIB
-from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import ASSUMPTIONS, num_rollouts
+from c2f_ray.recipe.roles import scorers
 
 MIB = 2**20
 
@@ -34,9 +34,7 @@ def _models(found: Estimate) -> Table:
     table = _table("models", "role", "parameters", "of them used by a token", "KV cache of a token")
     models = found.models
     rows = [("policy", models.policy)] + ([("critic", models.critic)] if models.critic else [])
-    rows += [
-        (scoring.name, shape) for scoring, shape in zip(scorings(found.recipe), models.reward, strict=True) if shape
-    ]
+    rows += [(scorer.title, shape) for scorer, shape in zip(scorers(found.recipe), models.reward, strict=True) if shape]
     for role, shape in rows:
         kv = f"{2 * shape.kv_elements / 1024:.0f} KiB" if role == "policy" else ""
         count = shape.trunk if role == "critic" else shape.parameters

@@ -4,7 +4,9 @@ Nothing here imports torch, so a recipe can be checked on any machine in well un
 Where no paper is named for a default, the default is ours.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass
+from math import ceil
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -66,9 +68,23 @@ class Prompts(Section):
     shuffle: bool = True  # a new seeded order in every epoch
 
 
-class FixedLength(Section):
+class LengthBase(Section):
+    needs_guide: ClassVar[bool] = False  # the rule observes a critic or a baseline
+
+    @property
+    def first_tokens(self) -> int:
+        """Returns the first step's limit."""
+        raise NotImplementedError
+
+
+class FixedLength(LengthBase):
     rule: Literal["fixed"]
     max_tokens: Count  # response limit of every step
+
+    @property
+    def first_tokens(self) -> int:
+        """Returns the limit, which never changes."""
+        return self.max_tokens
 
 
 GrowingLength = TypeVar("GrowingLength", bound="LinearLength | LogisticLength")
@@ -80,19 +96,26 @@ def _limits_in_order(length: GrowingLength) -> GrowingLength:
     return length
 
 
-class LinearLength(Section):
+class LinearLength(LengthBase):
     rule: Literal["linear"]
     start_tokens: Count
     max_tokens: Count
     over_steps: Count  # the limit grows evenly and reaches its maximum after so many steps
+
+    @property
+    def first_tokens(self) -> int:
+        """Returns the limit that growth starts from."""
+        return self.start_tokens
 
     @model_validator(mode="after")
     def _grows(self) -> "LinearLength":
         return _limits_in_order(self)
 
 
-class LogisticLength(Section):
+class LogisticLength(LengthBase):
     """Continuous Maximization (arXiv 2406.08657); coefficients and limits are unpublished, so ours."""
+
+    needs_guide: ClassVar[bool] = True
 
     rule: Literal["logistic"]
     start_tokens: Count
@@ -103,6 +126,11 @@ class LogisticLength(Section):
     bias: float = 0.0
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of the running mean and variance
     z_clip: Positive = 3.0  # standardised features are clipped to +- this
+
+    @property
+    def first_tokens(self) -> int:
+        """Returns the limit that growth starts from."""
+        return self.start_tokens
 
     @model_validator(mode="after")
     def _grows(self) -> "LogisticLength":
@@ -135,6 +163,24 @@ class RewardBase(Section):
     on_failure: Literal["stop", "drop"] = "stop"  # the run, or the sample; it is saved in aside/ either way
     truncation_penalty: Annotated[float, Field(ge=0)] = 0.0  # taken off the reward of a response that the limit cut
 
+    # Facts of the kind, for those who run it or plan it.
+    model_signs: ClassVar[dict[str, float]] = {}  # fields that name models, and the sign of each model's score
+    generates: ClassVar[bool] = False  # a vLLM engine reads probabilities, and always generates one token more
+    is_sum: ClassVar[bool] = False
+
+    @property
+    def gpus(self) -> int:
+        """Returns the GPUs of one worker."""
+        return 0
+
+    def named_parts(self) -> "dict[str, WeightedReward]":
+        """Returns the rewards by name; one that stands alone is named by its kind."""
+        return {self.kind: WeightedReward(weight=1.0, reward=self)}  # pyrefly: ignore
+
+    def part_key(self, name: str) -> str:
+        """Returns the dotted key of a part."""
+        return "reward"
+
 
 class ModelReward(RewardBase):
     threads: Count | None = None  # of one worker on the CPU; the node's cores over the workers when not given
@@ -145,8 +191,15 @@ class ModelReward(RewardBase):
     max_tokens: Count = 4096  # longer conversations lose their first tokens
     append_eos: Literal["finished", "always", "never"] = "finished"  # which responses get an end-of-sequence token
 
+    @property
+    def gpus(self) -> int:
+        """Returns the GPUs of one worker."""
+        return self.gpus_per_worker
+
 
 class UltraRMReward(ModelReward):
+    model_signs: ClassVar[dict[str, float]] = {"model": 1.0}
+
     kind: Literal["ultrarm"]
     model: Location
     separator: str = "\n"  # between the turns: the model card's code says two, its examples and ReMax's one
@@ -157,6 +210,9 @@ class LogRatioReward(ModelReward):
 
     Each model has `workers` workers of `gpus_per_worker` GPUs (tensor parallelism).
     """
+
+    model_signs: ClassVar[dict[str, float]] = {"policy_model": 1.0, "reference_model": -1.0}
+    generates: ClassVar[bool] = True
 
     kind: Literal["log_ratio"]
     policy_model: Location
@@ -188,13 +244,19 @@ class SumReward(Section):
     kind: Literal["sum"]
     parts: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z]\w*$")], WeightedReward], Field(min_length=1)]
 
+    is_sum: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
+
+    def named_parts(self) -> dict[str, WeightedReward]:
+        """Returns the rewards by name."""
+        return self.parts
+
+    def part_key(self, name: str) -> str:
+        """Returns the dotted key of a part."""
+        return f"reward.parts.{name}.reward"
+
 
 Reward = Annotated[UltraRMReward | LogRatioReward | FunctionReward | SumReward, Field(discriminator="kind")]
-
-
-def reward_parts(reward: Reward) -> dict[str, WeightedReward]:
-    """The rewards by name; one that stands alone is named by its kind."""
-    return reward.parts if isinstance(reward, SumReward) else {reward.kind: WeightedReward(weight=1.0, reward=reward)}
 
 
 class Optimizer(Section):
@@ -217,7 +279,26 @@ class Lora(Section):
     targets: Annotated[list[str], Field(min_length=1)]  # names of linear layers, such as q_proj
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What one update does with one model: for each of these its whole batch goes through it."""
+
+    model: Literal["policy", "critic"]
+    forwards: int  # without gradient, the reference's among them
+    backwards: int  # forward and backward
+    optimizer_steps: int
+
+
 class LearnerBase(Section):
+    # Facts of the algorithm, for those who run it or plan it.
+    needs_greedy: ClassVar[bool] = False  # each prompt also gets a greedy rollout
+    has_critic: ClassVar[bool] = False
+    baseline_metric: ClassVar[str | None] = None  # the name under which the mean baseline is logged
+    min_samples_per_prompt: ClassVar[int] = 1
+    can_pipeline: ClassVar[bool] = True  # the next step may be sampled while the learner works
+    guides_length: ClassVar[bool] = True  # it has a critic or a baseline, which a logistic length rule observes
+    needs_heldout: ClassVar[bool] = False  # a step ends with the held-out prompts of `evaluate`
+
     ranks: Count = 1
     gpus_per_rank: Annotated[int, Field(ge=0, le=1)] = 1
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -238,6 +319,37 @@ class LearnerBase(Section):
         if self.zero_stage < needed:
             raise ValueError(f"offload {self.offload!r} needs zero_stage {needed} or more, not {self.zero_stage}")
         return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Returns True where the policy that the run started from is kept, frozen."""
+        return False
+
+    @property
+    def names_a_critic(self) -> bool:
+        """Returns True where the critic starts from a model that no other section names."""
+        return False
+
+    @property
+    def keeps_start(self) -> bool:
+        """Returns True where the weights of the start stay on disk for the whole run."""
+        return False
+
+    def critic_model(self, policy: str, reward: "Reward") -> str | None:
+        """Returns the folder or hub name that the critic starts from; None without a critic."""
+        return None
+
+    def most_ranks(self, samples: int) -> int:
+        """Returns the largest number of ranks that all have work in an update on so many samples."""
+        return samples
+
+    def learned_samples(self, prompts: int, samples_per_prompt: int) -> int:
+        """Returns how many samples of a step's an update learns from, at the most."""
+        return prompts * samples_per_prompt
+
+    def passes(self, samples: int) -> list[Passes]:
+        """Returns what an update on so many samples does with each model."""
+        raise NotImplementedError
 
     @property
     def packs(self) -> bool:
@@ -275,6 +387,9 @@ DEEPSPEED_KEYS = {
 class ReMaxLearner(LearnerBase):
     """ReMax (arXiv 2310.10505): one greedy rollout beside each sample, no critic."""
 
+    needs_greedy: ClassVar[bool] = True
+    baseline_metric: ClassVar[str | None] = "reward/greedy_mean"
+
     algorithm: Literal["remax"]
     kl_penalty: Literal["full_step", "one_step"] = "full_step"  # the model card's; the 2023 repository's
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.1
@@ -288,6 +403,15 @@ class ReMaxLearner(LearnerBase):
             raise ValueError(f"gamma {self.gamma} has no effect with kl_penalty full_step; leave it out")
         return self
 
+    @property
+    def has_reference(self) -> bool:
+        """Returns True where a KL penalty needs the policy that the run started from."""
+        return self.kl_coefficient > 0
+
+    def passes(self, samples: int) -> list[Passes]:
+        """Returns what an update does with the policy: one step from a single pass."""
+        return [Passes("policy", int(self.has_reference), 1, 1)]
+
 
 class Critic(Section):
     """A value head on a transformer. The head is the reward model's where there is one, and zero otherwise."""
@@ -299,6 +423,8 @@ class Critic(Section):
 
 class PPOLearner(LearnerBase):
     """PPO (arXiv 1707.06347) with a critic on the same ranks; no greedy rollouts."""
+
+    has_critic: ClassVar[bool] = True
 
     algorithm: Literal["ppo"]
     critic: Critic
@@ -331,11 +457,45 @@ class PPOLearner(LearnerBase):
             raise ValueError("kl_target has no effect on a kl_coefficient of 0; raise it above, or leave kl_target out")
         return self
 
+    @property
+    def has_reference(self) -> bool:
+        """Returns True where a KL penalty needs the policy that the run started from."""
+        return self.kl_coefficient > 0
+
+    @property
+    def names_a_critic(self) -> bool:
+        """Returns True where the critic starts from a model that no other section names."""
+        return self.critic.model not in ("policy", "reward")
+
+    def critic_model(self, policy: str, reward: "Reward") -> str | None:
+        """Returns the folder or hub name that the critic starts from."""
+        if self.critic.model == "reward":
+            assert isinstance(reward, UltraRMReward)  # the recipe is refused otherwise
+            return reward.model
+        return policy if self.critic.model == "policy" else self.critic.model
+
+    def most_ranks(self, samples: int) -> int:
+        """Returns the samples of a minibatch: each rank needs one."""
+        return samples // self.minibatches
+
+    def passes(self, samples: int) -> list[Passes]:
+        """Returns what an update does: a first pass at rollout weights, then epochs of minibatches."""
+        steps = self.epochs * self.minibatches
+        return [
+            Passes("policy", 1 + self.has_reference, self.epochs, steps),
+            Passes("critic", 1, self.epochs, steps),
+        ]
+
 
 class RejectionSamplingLearner(LearnerBase):
     """Iterative rejection sampling (Merlinite-7B-pt). A step is a round: keep each prompt's best of N, fine-tune on
     them, and sample `evaluate.prompts` to see what it brought. The best round becomes the coarse actor.
     """
+
+    min_samples_per_prompt: ClassVar[int] = 2
+    can_pipeline: ClassVar[bool] = False
+    guides_length: ClassVar[bool] = False
+    needs_heldout: ClassVar[bool] = True
 
     algorithm: Literal["rejection_sampling"]
     restart_from: Literal["start", "last_round"] = "last_round"  # what each round fine-tunes; the card leaves it open
@@ -344,6 +504,19 @@ class RejectionSamplingLearner(LearnerBase):
     min_margin: Annotated[float, Field(ge=0)] | None = None  # of a best response over its prompt's mean reward
     top_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the best responses, by reward
     patience: Count = 1  # rounds without a better held-out reward after which the run ends
+
+    @property
+    def keeps_start(self) -> bool:
+        """Returns True where each round begins with the weights of the start."""
+        return self.restart_from == "start"
+
+    def learned_samples(self, prompts: int, samples_per_prompt: int) -> int:
+        """Returns how many responses a round keeps, at the most: the best of each prompt."""
+        return ceil(prompts * self.top_fraction)
+
+    def passes(self, samples: int) -> list[Passes]:
+        """Returns what a round does with the policy."""
+        return [Passes("policy", 0, self.epochs, self.epochs * ceil(samples / self.responses_per_update))]
 
 
 Learner = Annotated[ReMaxLearner | PPOLearner | RejectionSamplingLearner, Field(discriminator="algorithm")]
@@ -557,6 +730,11 @@ class Recipe(Section):
     evaluate: Evaluate | None = None
 
     @property
+    def critic_model(self) -> str | None:
+        """Returns the folder or hub name that the critic starts from; None without a critic."""
+        return self.learner.critic_model(self.policy.model, self.reward)
+
+    @property
     def pipelined(self) -> bool:
         """Returns True where the next step is sampled while the learner works."""
         return self.rollout.max_staleness > 0
@@ -572,25 +750,26 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.memory: on a GPU it is a share of its memory, at most 1; not {self.rollout.memory}"
             )
-        if isinstance(self.learner, RejectionSamplingLearner):
-            if self.rollout.samples_per_prompt < 2:
+        learner, algorithm = self.learner, self.learner.algorithm
+        if self.rollout.samples_per_prompt < learner.min_samples_per_prompt:
+            raise ValueError(
+                f"rollout.samples_per_prompt: {self.rollout.samples_per_prompt}: {algorithm} compares a prompt's "
+                f"samples; give {learner.min_samples_per_prompt} or more"
+            )
+        if learner.needs_heldout and self.evaluate is None:
+            raise ValueError(f"evaluate: missing; {algorithm} measures each round on evaluate.prompts")
+        if self.length.needs_guide and not learner.guides_length:
+            raise ValueError(
+                f"length.rule: {self.length.rule} observes a critic or a baseline, and {algorithm} has none; use fixed "
+                "or linear"
+            )
+        if self.pipelined:
+            if not learner.can_pipeline:
                 raise ValueError(
-                    "rollout.samples_per_prompt: rejection_sampling chooses among a prompt's samples; give 2 or more"
+                    f"rollout.max_staleness: {self.rollout.max_staleness} with {algorithm} has no meaning: "
+                    "each round samples with the last one's weights; leave it out"
                 )
-            if self.evaluate is None:
-                raise ValueError("evaluate: missing; rejection_sampling judges each round on evaluate.prompts")
-            if self.length.rule == "logistic":
-                raise ValueError(
-                    "length.rule: logistic watches a critic or a greedy baseline, which rejection_sampling has not; "
-                    "use fixed or linear"
-                )
-        if self.rollout.max_staleness > 0:
-            if isinstance(self.learner, RejectionSamplingLearner):
-                raise ValueError(
-                    f"rollout.max_staleness: {self.rollout.max_staleness} with rejection_sampling has no meaning: "
-                    "each round samples what the last one made; leave it out"
-                )
-            if self.learner.importance_clip is None:
+            if getattr(learner, "importance_clip", None) is None:
                 raise ValueError(
                     f"rollout.max_staleness: {self.rollout.max_staleness} makes samples off-policy; "
                     "set learner.importance_clip (2 is usual), which corrects for that"
@@ -615,20 +794,10 @@ class Recipe(Section):
                 "learner.zero_stage: 0 with policy.dtype bfloat16 is not offered: DeepSpeed's optimizer for it counts "
                 "one step too many; use 1, which on one rank is the same"
             )
-        starts_from_reward = isinstance(self.learner, PPOLearner) and self.learner.critic.model == "reward"
+        starts_from_reward = isinstance(learner, PPOLearner) and learner.critic.model == "reward"
         if starts_from_reward and not isinstance(self.reward, UltraRMReward):
             raise ValueError(
                 "learner.critic.model: 'reward' needs a reward model to start from, and reward.kind is "
                 f"{self.reward.kind!r}; use 'policy' or a folder"
             )
         return self
-
-
-def critic_model(recipe: Recipe) -> str:
-    """The folder, or the name on the hub, that PPO's critic starts from."""
-    assert isinstance(recipe.learner, PPOLearner)
-    model = recipe.learner.critic.model
-    if model == "reward":
-        assert isinstance(recipe.reward, UltraRMReward)  # the recipe is refused otherwise
-        return recipe.reward.model
-    return recipe.policy.model if model == "policy" else model

@@ -17,8 +17,9 @@ from c2f_ray.data.trajectory import Int64
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
 from c2f_ray.placement import Placement
-from c2f_ray.recipe.schema import Cluster, FunctionReward, LogRatioReward, ModelReward
-from c2f_ray.reward.worker import Float64, RewardWorker, Scorer
+from c2f_ray.recipe.roles import Scorer
+from c2f_ray.recipe.schema import Cluster, ModelReward
+from c2f_ray.reward.worker import Float64, RewardWorker
 from c2f_ray.threads import thread_env
 from c2f_ray.timeline import Timeline
 from c2f_ray.waiting import wait_for_start
@@ -93,9 +94,9 @@ class RewardPool:
         self.start_timeout_s = cluster.start_timeout_s
         self.restarts_left = cluster.max_restarts  # of workers that die before they are ready
         self.needs = f"{gpus} GPU" if gpus else "1 CPU"
-        self.calls_at_once = 1 if isinstance(reward, FunctionReward) else CALLS_AT_ONCE
+        self.calls_at_once = CALLS_AT_ONCE if reward.model_signs else 1
         self.suspects: list[tuple[Scoring, int]] = []  # rows that may have cost workers; each is asked alone, once
-        environment = engine_env(gpus) if isinstance(reward, LogRatioReward) else {}
+        environment = engine_env(gpus) if reward.generates else {}
         if isinstance(reward, ModelReward) and gpus == 0:
             environment |= thread_env(reward.threads, reward.workers)
         options = {

@@ -7,9 +7,10 @@ import numpy as np
 
 from c2f_ray.data.trajectory import Bool, Float32, Int64
 from c2f_ray.placement import ANYWHERE, Placement
-from c2f_ray.recipe.schema import Cluster, LogRatioReward, Reward, reward_parts
+from c2f_ray.recipe.roles import scorers_of
+from c2f_ray.recipe.schema import Cluster, Reward
 from c2f_ray.reward.pool import RewardPool, Scoring
-from c2f_ray.reward.worker import Float64, Scorer
+from c2f_ray.reward.worker import Float64
 from c2f_ray.timeline import Timeline
 from c2f_ray.watch.watchdog import Busy
 
@@ -49,18 +50,18 @@ class Rewards:
     ) -> None:
         """``prompts`` refers to the PromptSet that shards name rows of; ``ordered``: what is computed together does
         not depend on time."""
-        self.parts = reward_parts(reward)
+        self.parts = reward.named_parts()
         # All start before any is waited for.
         self.pools: dict[str, list[tuple[str, float, RewardPool]]] = {
             name: [
                 (
-                    label,
-                    sign,
-                    RewardPool(label, scorer, cluster, policy_tokenizer, prompts, ordered, timeline, placement),
+                    scorer.label,
+                    scorer.sign,
+                    RewardPool(scorer.label, scorer, cluster, policy_tokenizer, prompts, ordered, timeline, placement),
                 )
-                for label, sign, scorer in scorers(name, part.reward)
+                for scorer in part
             ]
-            for name, part in self.parts.items()
+            for name, part in scorers_of(reward).items()
         }
 
     def _all(self) -> list[RewardPool]:
@@ -117,13 +118,3 @@ class Rewards:
     def close(self) -> None:
         for pool in self._all():
             pool.close()
-
-
-def scorers(name: str, reward: Any) -> list[tuple[str, float, Scorer]]:
-    """(label, sign, scorer): a reward is the signed sum of their scores."""
-    if isinstance(reward, LogRatioReward):
-        return [
-            (f"{name}_policy", 1.0, Scorer(reward, reward.policy_model)),
-            (f"{name}_reference", -1.0, Scorer(reward, reward.reference_model)),
-        ]
-    return [(name, 1.0, Scorer(reward))]

@@ -1,6 +1,6 @@
 """One reward worker: tokens back into text with the policy's tokenizer; a reward model reads it with its own."""
 
-from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Trajectories
+from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import FunctionReward, LogRatioReward, UltraRMReward
 from c2f_ray.reward.batching import Batcher
 from c2f_ray.reward.function import FunctionScorer
@@ -18,32 +19,22 @@ from c2f_ray.reward.ultrarm import UltraRMScorer
 Float64 = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """What the workers of one pool score with."""
-
-    reward: UltraRMReward | LogRatioReward | FunctionReward
-    model: str | None = None  # of a log ratio's two
-
-    @property
-    def gpus(self) -> int:
-        return 0 if isinstance(self.reward, FunctionReward) else self.reward.gpus_per_worker
-
-
 class RewardWorker:
     def __init__(self, scorer: Scorer, policy_tokenizer: str, prompts: PromptSet, ordered: bool) -> None:
         self.policy_tokenizer = policy_tokenizer
         self.prompts = prompts
-        reward = scorer.reward
-        if isinstance(reward, FunctionReward):
-            self.function = FunctionScorer(reward)
-            return
-        if isinstance(reward, LogRatioReward):
-            assert scorer.model is not None
-            self.model = LogprobScorer(reward, scorer.model)
-        else:
-            self.model = UltraRMScorer(reward)
         self.function = None
+        match scorer.reward:
+            case FunctionReward() as reward:
+                self.function = FunctionScorer(reward)
+                return
+            case LogRatioReward() as reward:
+                assert scorer.model is not None
+                self.model = LogprobScorer(reward, scorer.model)
+            case UltraRMReward() as reward:
+                self.model = UltraRMScorer(reward)
+            case unknown:
+                assert_never(unknown)
         self.batcher = Batcher(self.model.score, reward.tokens_per_batch, reward.max_wait_s, not ordered)
 
     def ready(self) -> bool:

@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
+from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import Cluster, FunctionReward, UltraRMReward
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.reward.samples import Sample
 from c2f_ray.reward.ultrarm import UltraRMScorer, load_ultrarm, render_ultrarm
-from c2f_ray.reward.worker import RewardWorker, Scorer
+from c2f_ray.reward.worker import RewardWorker
 
 PROMPT = "b=c,a=2,f=e,e=a,c=3,d=f,b?"
 RESPONSES = ["so 3", "b=c\nc=3\nso 3", "b=c\nc=3\nso 3\ncheck\nb=c\nc=3\nso 3\n" * 5, "so 2\n"]

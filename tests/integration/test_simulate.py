@@ -16,9 +16,9 @@ from c2f_ray.plan.estimate import estimate
 from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.simulate import simulate
 from c2f_ray.recipe import Recipe, load_recipe
+from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.rewards import Rewards
-from c2f_ray.reward.worker import Scorer
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from tests.documented import documented
 

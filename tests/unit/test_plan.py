@@ -16,10 +16,9 @@ from c2f_ray.plan.clusters import GPUS, Actor, Node, actors_of, chosen_nodes, pl
 from c2f_ray.plan.estimate import disk, estimate, read_models
 from c2f_ray.plan.memory import GIB, engine_memory, learner_memory
 from c2f_ray.plan.model import MISTRAL_7B, PUBLISHED, ModelShape, read_model
-from c2f_ray.plan.rewards import scorings
 from c2f_ray.plan.schedule import step
 from c2f_ray.recipe import Recipe, load_recipe
-from c2f_ray.session import train_needs
+from c2f_ray.recipe.roles import needs_of, scorers, train_roles
 from tests.documented import documented
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +237,7 @@ def test_large_actors_are_placed_first():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_actors_are_those_that_train_reserves(path):
     recipe = load_recipe(path)
-    actors, needs = actors_of(recipe), train_needs(recipe)
+    actors, needs = actors_of(recipe), needs_of(train_roles(recipe))
     assert (sum(a.gpus for a in actors), sum(a.cpus for a in actors)) == (needs.gpus, needs.cpus)
 
 
@@ -249,7 +248,7 @@ def tiny_models(path: Path, folder: Path) -> list[str]:
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(shape))
-    keys = ["policy.model", *(scoring.key for scoring in scorings(load_recipe(path)) if scoring.model)]
+    keys = ["policy.model", *(scorer.key for scorer in scorers(load_recipe(path)) if scorer.model)]
     return [f"{key}={folder}" for key in keys]
 
 
