@@ -30,6 +30,7 @@ from c2f_ray.merging.methods import (
     merge_piece,
     widen,
 )
+from c2f_ray.recipe.schema import MergeMethod
 
 PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache, fewer are overhead
 
