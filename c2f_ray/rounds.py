@@ -10,7 +10,7 @@ import numpy as np
 
 from c2f_ray.algorithms import length as length_control
 from c2f_ray.algorithms.length import LengthDecision, LengthInputs
-from c2f_ray.algorithms.selection import best_of_prompt, select
+from c2f_ray.algorithms.selection import best_of_draw, select
 from c2f_ray.driver import Training
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.recipe.schema import RejectionSamplingLearner
@@ -68,7 +68,8 @@ class Rounds(Training):
         rollouts = self.sampler.sample(self.state.step, [(row, 0) for row in self.heldout], self.state.length.tokens)
         self.refuse_unscored(rollouts)
         self.save(rollouts, self.folder / "trajectories" / f"heldout_{self.state.step:06d}.parquet")
-        best = best_of_prompt(rollouts.info.prompt_row, rollouts.rewards, [self.recipe.run.seed])
+        draw = self.sampler.prompt_number(rollouts.info)
+        best = best_of_draw(draw, rollouts.rewards, [self.recipe.run.seed])
         return {
             "heldout/reward": float(rollouts.rewards.mean()),
             "heldout/best_of_n": float(rollouts.rewards[best].mean()),
@@ -79,7 +80,8 @@ class Rounds(Training):
         """The responses that the round keeps."""
         info, learner = rollouts.info, self.settings
         seed = [self.recipe.run.seed, self.state.step]
-        kept = select(info.prompt_row, rollouts.rewards, seed, learner.min_margin, learner.top_fraction)
+        draw = self.sampler.prompt_number(info)
+        kept = select(draw, rollouts.rewards, seed, learner.min_margin, learner.top_fraction)
         return UpdateBatch(info.sample_id[kept], rollouts.rewards[kept], None)
 
     def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:

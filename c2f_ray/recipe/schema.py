@@ -5,6 +5,7 @@ Where no paper is named for a default, the default is ours.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -512,7 +513,7 @@ class RejectionSamplingLearner(LearnerBase):
 
     def learned_samples(self, prompts: int, samples_per_prompt: int) -> int:
         """Returns how many responses a round keeps, at the most: the best of each prompt."""
-        return ceil(prompts * self.top_fraction)
+        return ceil(Fraction(str(self.top_fraction)) * prompts)
 
     def passes(self, samples: int) -> list[Passes]:
         """Returns what a round does with the policy."""
