@@ -42,7 +42,8 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from c2f_ray import driver, load_recipe, train
+from c2f_ray import load_recipe, train
+from c2f_ray.driver import loop as driver
 from c2f_ray.tiny.settings import Settings
 from c2f_ray.watch.metrics import read_metrics
 

@@ -29,11 +29,11 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from c2f_ray.algorithms import gae
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.learner.rank import LearnerRank
+from c2f_ray.losses import gae
 from c2f_ray.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ __all__ = ["Recipe", "evaluate", "load_recipe", "merge", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from c2f_ray.driver import train
+        from c2f_ray.driver.loop import train
 
         return train
     if name == "merge":

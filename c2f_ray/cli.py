@@ -36,7 +36,7 @@ def demo(overrides: Overrides = None) -> None:
 def train(recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Train the coarse actor."""
     loaded = _load(recipe, overrides)
-    from c2f_ray.driver import train
+    from c2f_ray.driver.loop import train
 
     folder = train(loaded, fresh=fresh)
     print(f"coarse actor: {folder / 'coarse'}")
@@ -72,7 +72,7 @@ def score(
 ) -> None:
     """Score a file of responses, or of preference pairs, by the recipe's reward."""
     loaded = _load(recipe, overrides)
-    from c2f_ray.scoring import score
+    from c2f_ray.reward.score_file import score
 
     found = score(loaded, source, out)
     print(f"{out}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))

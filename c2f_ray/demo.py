@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from c2f_ray.driver import train
+from c2f_ray.driver.loop import train
 from c2f_ray.evaluation.job import evaluate
 from c2f_ray.merging.job import merge
 from c2f_ray.recipe import load_recipe
 from c2f_ray.recipe.roles import train_roles
-from c2f_ray.session import ray_session
+from c2f_ray.runtime.session import ray_session
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
 from c2f_ray.watch.progress import table_console
 from c2f_ray.watch.report import format_table, write_report

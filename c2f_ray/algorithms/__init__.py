@@ -1,0 +1,1 @@
+"""The algorithms: one file each, and a registry of their names."""

@@ -209,3 +209,21 @@ def _read(files: ModelFiles, what: str, load: Callable[..., T]) -> T:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def check_context(
+    config: PreTrainedConfig,
+    prompt_key: str,
+    prompt: int,
+    response_key: str,
+    response: int,
+    owner: str = "model",
+    turns: int = 1,
+) -> None:
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and turns * (prompt + response) > context:
+        times = "" if turns == 1 else f", {turns} times,"
+        raise RecipeError(
+            f"{prompt_key} {prompt} and {response_key} {response} together{times} are {turns * (prompt + response)} "
+            f"tokens, beyond the {owner}'s context of {context}; lower one of them"
+        )

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from c2f_ray.data.atomic import replacing
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Trajectories
-from c2f_ray.waiting import wait_for
+from c2f_ray.runtime.waiting import wait_for
 
 Columns = dict[str, list[float]]  # of the rows of one shard, by name
 
@@ -44,11 +45,9 @@ def unscored_path(path: Path) -> Path:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A Parquet file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    partial.rename(path)
+    """Writes a Parquet file."""
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial)
 
 
 class TrajectoryWriter:

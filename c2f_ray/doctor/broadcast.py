@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from c2f_ray.store import open_store
+from c2f_ray.runtime.rendezvous import open_store
 
 TIMEOUT_S = 60.0
 ELEMENTS = 1 << 20

@@ -20,7 +20,7 @@ from c2f_ray.doctor.broadcast import open_store_here, take_part
 from c2f_ray.doctor.node import Finding, check_node, failure, ok, warning
 from c2f_ray.plan.clusters import Node, actors_of, place
 from c2f_ray.recipe import Recipe
-from c2f_ray.session import unreachable
+from c2f_ray.runtime.session import unreachable
 
 GUARD_S = 90.0  # for a client to start and be refused
 TIMEOUT_S = 300.0

@@ -9,29 +9,23 @@ from typing import Any
 from jinja2 import Template
 from transformers import PreTrainedConfig
 
-from c2f_ray.algorithms.logprobs import LOGIT_SETTINGS
+from c2f_ray.data.inputs import evaluation_source, heldout_prompts, run_folder
+from c2f_ray.data.model_folder import absolute_folder, check_context, check_model
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.trajectory import Ragged
+from c2f_ray.data.user_function import load_function
 from c2f_ray.errors import RecipeError
 from c2f_ray.evaluation.judge import check_judge, load_template
 from c2f_ray.evaluation.likelihood import text_windows
 from c2f_ray.evaluation.metrics import RESPONSE_METRICS
 from c2f_ray.evaluation.mt_bench import TURNS, TwoTurnSource
 from c2f_ray.evaluation.tasks import MEAN, check_tasks, task_column
-from c2f_ray.functions import load_function
-from c2f_ray.preflight import (
-    absolute_folder,
-    check_context,
-    check_model,
-    check_reward,
-    evaluation_source,
-    heldout_prompts,
-    run_folder,
-)
+from c2f_ray.learner.logprobs import LOGIT_SETTINGS
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import RECORD, Choose, EndpointJudge, Evaluate, Perplexity
+from c2f_ray.reward.check import check_reward
 from c2f_ray.watch.metrics import read_metrics
 
 Grader = Callable[[dict[str, Any], str, bool], dict[str, float]]

@@ -9,6 +9,9 @@ from typing import Any
 
 import ray
 
+from c2f_ray.data.atomic import replacing, write_text
+from c2f_ray.data.inputs import with_absolute_folders
+from c2f_ray.data.model_folder import absolute_folder
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.texts import Columns, text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
@@ -30,14 +33,13 @@ from c2f_ray.evaluation.judging import mt_bench, win_rates
 from c2f_ray.evaluation.likelihood import Forward, likelihoods
 from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.evaluation.tasks import run_tasks, task_metrics, tasks_stamp
-from c2f_ray.preflight import absolute_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import evaluate_roles
 from c2f_ray.recipe.schema import EndpointJudge, LmEval
 from c2f_ray.reward.rewards import Rewards, ScoredShard
-from c2f_ray.session import ray_session
-from c2f_ray.threads import thread_env
-from c2f_ray.waiting import in_turn, wait_for
+from c2f_ray.runtime.session import ray_session
+from c2f_ray.runtime.threads import thread_env
+from c2f_ray.runtime.waiting import in_turn, wait_for
 from c2f_ray.watch.progress import Progress
 
 Models = dict[str, dict[str, Any]]  # name to folder and metrics, a row of the table
@@ -73,9 +75,7 @@ def evaluate(recipe: Recipe) -> dict[str, Any]:
         "verdicts": choice.verdicts,
         **judged,
     }
-    aside = plan.folder / "evaluation.json.partial"
-    aside.write_text(json.dumps(result, indent=1))
-    aside.rename(plan.folder / "evaluation.json")
+    write_text(plan.folder / "evaluation.json", json.dumps(result, indent=1))
     link_best(plan.folder / "fine", choice.best)
     return result
 
@@ -85,10 +85,8 @@ def link_best(fine: Path, best: str | None) -> None:
     if best is None:
         (fine / BEST).unlink(missing_ok=True)
         return
-    aside = fine / f"{BEST}.partial"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(best)
-    aside.rename(fine / BEST)
+    with replacing(fine / BEST) as link:
+        link.symlink_to(best)
 
 
 def _respond(recipe: Recipe, plan: EvaluationPlan, progress: Progress) -> tuple[Models, dict[str, list[Any]]]:

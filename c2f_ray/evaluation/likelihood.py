@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from c2f_ray.algorithms.logprobs import chunks_for
 from c2f_ray.data.trajectory import Ragged, Trajectories
-from c2f_ray.waiting import wait_for
+from c2f_ray.learner.logprobs import chunks_for
+from c2f_ray.runtime.waiting import wait_for
 
 Row = tuple[NDArray[np.generic], int]  # token ids, and the position of the first one that is predicted
 PerToken = Callable[[list[Tensor], Tensor], Tensor]

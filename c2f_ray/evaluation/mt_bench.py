@@ -15,7 +15,7 @@ from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Ragged, Trajectories
 from c2f_ray.errors import RecipeError
 from c2f_ray.evaluation.metrics import mean
-from c2f_ray.waiting import wait_for
+from c2f_ray.runtime.waiting import wait_for
 
 TURNS = 2
 

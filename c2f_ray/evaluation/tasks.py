@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from c2f_ray.data.atomic import write_text
 from c2f_ray.data.model_folder import stamp
 from c2f_ray.errors import C2FError, RecipeError
 from c2f_ray.evaluation.likelihood import Forward
@@ -68,10 +69,7 @@ def run_tasks(folder: str, forward: Forward, memory: float, settings: LmEval, sa
                 log_samples=False,
             )
             kept = {key: result[key] for key in ("results", "versions", "n-shot", "n-samples", "lm_eval_version")}
-            path.parent.mkdir(parents=True, exist_ok=True)  # some names have a slash
-            aside = path.with_name(f"{path.name}.partial")
-            aside.write_text(json.dumps(kept, indent=1, default=str))
-            aside.rename(path)
+            write_text(path, json.dumps(kept, indent=1, default=str))
         found[task.name] = json.loads(path.read_text())["results"][task.name]
     return found
 

@@ -20,10 +20,10 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
-from c2f_ray.algorithms.packing import PACKED
-from c2f_ray.algorithms.schedule import lr_factor
-from c2f_ray.algorithms.values import ResponseValues
+from c2f_ray.learner.logprobs import ResponseLogprobs
+from c2f_ray.learner.packing import PACKED
+from c2f_ray.learner.schedule import lr_factor
+from c2f_ray.learner.values import ResponseValues
 from c2f_ray.recipe.schema import LearnerBase, Optimizer, Policy
 from c2f_ray.weights.source import Gather, no_gather
 

@@ -17,11 +17,11 @@ from c2f_ray.data.trajectory import Float32
 from c2f_ray.errors import ActorDiedError, C2FError, LearnerLostError
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
-from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.schema import Recipe
-from c2f_ray.threads import thread_env
-from c2f_ray.waiting import wait_for_start
-from c2f_ray.watch.watchdog import Busy
+from c2f_ray.runtime.placement import ANYWHERE, Placement
+from c2f_ray.runtime.threads import thread_env
+from c2f_ray.runtime.waiting import wait_for_start
+from c2f_ray.runtime.watchdog import Busy
 
 NEWS_OF_DEATH_S = 30.0  # how long Ray may take to learn that a node is gone
 

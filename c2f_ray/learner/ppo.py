@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from c2f_ray.algorithms import gae, importance, kl, ppo
-from c2f_ray.algorithms.running import Moments
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.learner.batching import MicroBatch, Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.learner.tally import Tally, rollout_metrics
+from c2f_ray.losses import gae, importance, kl
+from c2f_ray.losses import policy as ppo
+from c2f_ray.losses.running import Moments
 from c2f_ray.recipe.schema import PPOLearner
 
 if TYPE_CHECKING:  # it imports DeepSpeed

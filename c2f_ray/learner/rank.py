@@ -18,7 +18,7 @@ from ray.exceptions import ObjectLostError
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
-from c2f_ray.checkpoints import sha256, sync
+from c2f_ray.data.atomic import sha256, sync
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import ActorDiedError, NonFiniteUpdateError, ShardsLostError
 from c2f_ray.learner.batching import Reference, Samples, UpdateBatch, rank_plan
@@ -29,8 +29,8 @@ from c2f_ray.learner.remax import ReMax
 from c2f_ray.learner.sft import SFT
 from c2f_ray.learner.tally import Tally
 from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner
-from c2f_ray.store import open_store
-from c2f_ray.waiting import wait_for
+from c2f_ray.runtime.rendezvous import open_store
+from c2f_ray.runtime.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
 

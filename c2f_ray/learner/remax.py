@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2f_ray.algorithms import importance, remax
 from c2f_ray.learner.batching import MicroBatch, Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.learner.tally import Tally, rollout_metrics
+from c2f_ray.losses import importance, remax
 from c2f_ray.recipe.schema import ReMaxLearner
 
 if TYPE_CHECKING:  # it imports DeepSpeed

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -38,13 +37,6 @@ def room_in(folder: Path) -> Iterator[None]:
             f"merge: {FULL[error.errno]}: not all could be written into {folder}. Make room and merge again: what is "
             "finished there is kept"
         ) from None
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that is whole whenever it is there."""
-    partial = path.with_name(f"{path.name}.{uuid4().hex}")
-    partial.write_text(text)
-    partial.rename(path)
 
 
 class InputFile:

@@ -15,17 +15,18 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from c2f_ray.data.atomic import write_text
+from c2f_ray.data.inputs import run_folder
 from c2f_ray.data.shards import Shard
 from c2f_ray.errors import C2FError, DeadlineError, RecipeError
 from c2f_ray.merging.companions import write_companions
 from c2f_ray.merging.diagnosis import DIAGNOSIS, diagnose
-from c2f_ray.merging.files import replace_file, room_in
+from c2f_ray.merging.files import room_in
 from c2f_ray.merging.plan import BEGUN, MergePlan, check_merge
 from c2f_ray.merging.shards import Work, merge_shard
-from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import Role
-from c2f_ray.session import ray_session
+from c2f_ray.runtime.session import ray_session
 
 
 def merge(recipe: Recipe) -> list[Path]:
@@ -53,7 +54,7 @@ def run_merge(plan: MergePlan) -> None:
             (aside / BEGUN).unlink(missing_ok=True)  # first: half of it must not be gone on with
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            replace_file(aside / BEGUN, json.dumps(plan.identity))
+            write_text(aside / BEGUN, json.dumps(plan.identity))
         if plan.todo and not plan.published.exists():
             shutil.rmtree(aside / "tmp", ignore_errors=True)  # what was being written
             for name in ("tmp", "records", *(variant.name for variant in plan.todo)):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
+from c2f_ray.data.inputs import run_folder
 from c2f_ray.data.model_folder import SMALL_FILES
 from c2f_ray.data.shards import MAX_SHARD_BYTES, Shard, plan_shards, tensor_bytes
 from c2f_ray.errors import RecipeError
@@ -17,7 +18,6 @@ from c2f_ray.merging.compatibility import Models, check_inputs
 from c2f_ray.merging.methods import ROLES, Settings
 from c2f_ray.merging.ratios import schedule_ratios
 from c2f_ray.merging.shards import Variant
-from c2f_ray.preflight import run_folder
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.schema import MERGE_METHODS_WITH, Merge
 

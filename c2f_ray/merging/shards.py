@@ -16,9 +16,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from c2f_ray.data.atomic import write_text
 from c2f_ray.data.shards import TORCH_DTYPES, Shard, header, raw_bytes
 from c2f_ray.errors import C2FError
-from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, replace_file, room_in
+from c2f_ray.merging.files import InputFile, OutputFile, TensorReader, room_in
 from c2f_ray.merging.methods import (
     NEED_WHOLE_TENSOR,
     Settings,
@@ -78,7 +79,8 @@ def merge_shard(shard: Shard, work: Work) -> None:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-        replace_file(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record))
+        # A task of an earlier merge may still be writing the same record.
+        write_text(work.aside / "records" / f"{shard.file_name}.json", json.dumps(record), suffix=f".{uuid4().hex}")
 
 
 def _write_files(shard: Shard, work: Work, paths: Mapping[str, Path]) -> dict[str, object]:

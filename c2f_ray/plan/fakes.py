@@ -19,10 +19,10 @@ import ray
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
-from c2f_ray.placement import Placement
 from c2f_ray.recipe.roles import Scorer
 from c2f_ray.reward.worker import RewardWorker
 from c2f_ray.rollout.actor import RolloutActor, RolloutRequest
+from c2f_ray.runtime.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,19 @@ from rich.table import Table
 
 from c2f_ray.data.prompts import PromptSet, prompt_groups
 from c2f_ray.data.trajectory import Ragged
-from c2f_ray.driver import training_of
+from c2f_ray.driver.check import Checked
+from c2f_ray.driver.loop import training_of
+from c2f_ray.driver.sampling import Rollouts
 from c2f_ray.plan.clusters import CPU
 from c2f_ray.plan.estimate import Estimate
 from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.schedule import Step, num_rollouts, step
 from c2f_ray.plan.table import told_seconds
-from c2f_ray.preflight import Checked
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import scorers
 from c2f_ray.recipe.schema import FixedLength
-from c2f_ray.sampling import Rollouts
-from c2f_ray.session import ray_session
-from c2f_ray.timeline import Span, Timeline, read_trace, spans_of
+from c2f_ray.runtime.session import ray_session
+from c2f_ray.runtime.trace import Span, Timeline, read_trace, spans_of
 from c2f_ray.watch.dashboard import timeline_table
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress

@@ -1,6 +1,5 @@
 """UltraRM's published pickles as safetensors, once."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from c2f_ray.data.atomic import sha256
 from c2f_ray.errors import RecipeError
 from c2f_ray.reward.ultrarm import UltraRM
 
@@ -46,8 +46,8 @@ def convert_reward(folder: Path) -> list[Path]:
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         if missing := sorted(set(expected) - set(weight_map)):
             raise RecipeError(f"{folder}: not an UltraRM checkpoint: {named(missing)} missing from its .bin files")
-        digests = {path.name: _sha256(path) for path in shards}
-        digests |= {path.name: _sha256(partial) for path, partial in partials.items()}
+        digests = {path.name: sha256(path) for path in shards}
+        digests |= {path.name: sha256(partial) for path, partial in partials.items()}
     except BaseException:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
@@ -79,8 +79,3 @@ def read_shard(shard: Path, expected: dict[str, torch.Size], seen: dict[str, str
 
 def named(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 from typing import Any
 
-from c2f_ray.functions import load_function
+from c2f_ray.data.user_function import load_function
 from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.samples import Sample
 

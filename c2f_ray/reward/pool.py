@@ -16,14 +16,14 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from c2f_ray.data.trajectory import Int64
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
-from c2f_ray.placement import Placement
 from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import Cluster, ModelReward
 from c2f_ray.reward.worker import Float64, RewardWorker
-from c2f_ray.threads import thread_env
-from c2f_ray.timeline import Timeline
-from c2f_ray.waiting import wait_for_start
-from c2f_ray.watch.watchdog import Busy
+from c2f_ray.runtime.placement import Placement
+from c2f_ray.runtime.threads import thread_env
+from c2f_ray.runtime.trace import Timeline
+from c2f_ray.runtime.waiting import wait_for_start
+from c2f_ray.runtime.watchdog import Busy
 
 CALLS_AT_ONCE = 16  # of a worker with a model: their conversations share batches
 

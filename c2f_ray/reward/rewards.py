@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from c2f_ray.data.trajectory import Bool, Float32, Int64
-from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe.roles import scorers_of
 from c2f_ray.recipe.schema import Cluster, Reward
 from c2f_ray.reward.pool import RewardPool, Scoring
 from c2f_ray.reward.worker import Float64
-from c2f_ray.timeline import Timeline
-from c2f_ray.watch.watchdog import Busy
+from c2f_ray.runtime.placement import ANYWHERE, Placement
+from c2f_ray.runtime.trace import Timeline
+from c2f_ray.runtime.watchdog import Busy
 
 
 @dataclass(frozen=True)

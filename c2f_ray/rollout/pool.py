@@ -18,14 +18,14 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
 from c2f_ray.data.trajectory import TrajectoryInfo
 from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError, DeadlineError
-from c2f_ray.placement import ANYWHERE, Placement
 from c2f_ray.recipe import Recipe
 from c2f_ray.rollout.actor import LOOK_EVERY_S, RolloutActor, RolloutRequest
 from c2f_ray.rollout.engine import LoadFormat
-from c2f_ray.threads import thread_env
-from c2f_ray.timeline import Timeline
-from c2f_ray.waiting import wait_for, wait_for_start
-from c2f_ray.watch.watchdog import Busy
+from c2f_ray.runtime.placement import ANYWHERE, Placement
+from c2f_ray.runtime.threads import thread_env
+from c2f_ray.runtime.trace import Timeline
+from c2f_ray.runtime.waiting import wait_for, wait_for_start
+from c2f_ray.runtime.watchdog import Busy
 
 PING_S = 60.0  # for an idle actor to answer
 GATHER_S = 2e-4  # for each stream: to look at it takes Ray about 4 microseconds

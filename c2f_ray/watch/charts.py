@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from c2f_ray.timeline import Span
+from c2f_ray.runtime.trace import Span
 from c2f_ray.watch.metrics import MetricsLine
 
 # Matplotlib wants real colours: these stand in for CSS variables until the SVG is written.

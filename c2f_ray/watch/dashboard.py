@@ -15,9 +15,9 @@ from rich.text import Text
 from c2f_ray.errors import RecipeError
 from c2f_ray.plan.clusters import actors_of
 from c2f_ray.recipe import Recipe, load_recipe
-from c2f_ray.timeline import Event, Span, last_steps, read_trace, spans_of
+from c2f_ray.runtime.trace import Event, Span, last_steps, read_trace, spans_of
+from c2f_ray.runtime.watchdog import duration
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
-from c2f_ray.watch.progress import duration
 
 REFRESH_S = 2.0
 WIDTH = 60  # characters of the timeline and of a curve

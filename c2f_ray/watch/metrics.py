@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from c2f_ray.data.atomic import write_text
+
 MetricsLine = dict[str, float | None]  # `step`, then metrics by name; a number that was not finite is None
 
 
@@ -41,9 +43,7 @@ class MetricsLog:
 
         path = self._folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if (line["step"] or 0) <= step] if path.exists() else []
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.rename(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 

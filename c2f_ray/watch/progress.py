@@ -10,7 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from c2f_ray.timeline import Timeline
+from c2f_ray.runtime.trace import Timeline
+from c2f_ray.runtime.watchdog import duration
 
 
 class Progress:
@@ -93,12 +94,6 @@ class Progress:
         for name, value in facts:
             table.add_row(name, value)
         return Panel(table, title="c2f_ray", title_align="left", border_style="dim", expand=False)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, such as 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def table_console() -> Console:

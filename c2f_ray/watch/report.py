@@ -15,10 +15,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from c2f_ray.timeline import last_steps, read_trace, spans_of
+from c2f_ray.data.atomic import write_text
+from c2f_ray.runtime.trace import last_steps, read_trace, spans_of
+from c2f_ray.runtime.watchdog import duration
 from c2f_ray.watch.charts import charts, column, compare, diagnosis_chart, timeline_chart
 from c2f_ray.watch.metrics import MetricsLine, read_metrics
-from c2f_ray.watch.progress import duration
 
 # Columns of the evaluation table: key in `metrics`, title, format. Others that a grader returns come after them.
 COLUMNS = [
@@ -86,9 +87,7 @@ def write_report(run_folder: Path, beside: Sequence[Path] = ()) -> Path:
         name=run_folder.resolve().name, tiles=_tiles(lines, evaluation), missing=missing, **sections
     )
     path = run_folder / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(page)
-    partial.rename(path)
+    write_text(path, page)
     return path
 
 

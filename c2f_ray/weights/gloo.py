@@ -33,7 +33,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from c2f_ray.errors import DeadlineError, WeightMismatchError
-from c2f_ray.store import open_store
+from c2f_ray.runtime.rendezvous import open_store
 
 
 def register() -> None:

@@ -27,15 +27,16 @@ PPO = [
 KILLED = """
 import os, signal, sys
 import psutil
-from c2f_ray import checkpoints, cli
+from pathlib import Path
+from c2f_ray import cli
 
 step = int(sys.argv.pop(1))
-original = checkpoints.commit
+original = Path.rename
 
-def commit(partial, folder):
-    if folder.name == f"step_{step:06d}":
+def rename(partial, folder):
+    if Path(folder).name == f"step_{step:06d}":
         kill()
-    original(partial, folder)
+    return original(partial, folder)
 
 def kill():
     this = psutil.Process()
@@ -45,7 +46,7 @@ def kill():
     for process in [*processes, this]:
         process.send_signal(signal.SIGKILL)
 
-checkpoints.commit = commit
+Path.rename = rename
 cli.main()
 """
 

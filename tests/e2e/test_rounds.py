@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from c2f_ray.cli import app
 from c2f_ray.learner.checkpoint import SavedPieces
-from c2f_ray.timeline import read_trace, spans_of
+from c2f_ray.runtime.trace import read_trace, spans_of
 from c2f_ray.watch.metrics import read_metrics, without_timing
 from tests.documented import documented
 

@@ -9,8 +9,8 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
 from c2f_ray.errors import DeadlineError
-from c2f_ray.placement import ANYWHERE, Role, reserved
 from c2f_ray.recipe.schema import Cluster
+from c2f_ray.runtime.placement import ANYWHERE, Role, reserved
 
 
 @ray.remote(num_cpus=1)
@@ -40,7 +40,7 @@ def test_each_actor_has_a_bundle_and_the_room_is_given_back(cluster: None):
 
 
 def test_too_little_room_is_said_again_and_again_and_then_an_error(cluster: None, monkeypatch, capsys):
-    monkeypatch.setattr("c2f_ray.placement.SAY_EVERY_S", 0.5)
+    monkeypatch.setattr("c2f_ray.runtime.placement.SAY_EVERY_S", 0.5)
     roles = [Role("rollout", 2, 4), Role("reward reward", 1, 1), Role("learner", 1, 0)]
     wanted = "room for rollout: 2 x 4 GPU; reward reward: 1 x 1 GPU; learner: 1 x 1 CPU; the cluster has free: node 0: "
     with pytest.raises(DeadlineError) as error, reserved(roles, Cluster(start_timeout_s=1.7)):

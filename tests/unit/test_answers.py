@@ -16,8 +16,8 @@ from c2f_ray.errors import DeadlineError
 from c2f_ray.evaluation.answers import answers_path
 from c2f_ray.evaluation.check import Candidate
 from c2f_ray.evaluation.mt_bench import second_turn
+from c2f_ray.runtime.waiting import in_turn
 from c2f_ray.tiny.tokenizer import policy_tokenizer
-from c2f_ray.waiting import in_turn
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -111,7 +111,7 @@ def test_tasks_run_so_many_at_once_and_a_silent_one_is_named(monkeypatch: pytest
     fake_ray = SimpleNamespace(
         wait=wait, get=lambda ref, timeout: ref.upper(), cancel=lambda ref, force: cancelled.append(ref)
     )
-    monkeypatch.setattr("c2f_ray.waiting.ray", fake_ray)
+    monkeypatch.setattr("c2f_ray.runtime.waiting.ray", fake_ray)
     starts = {name: (lambda name=name: start(name)) for name in ("a", "b", "c", "d")}
     assert dict(in_turn(starts, 2, 1.0, "the task of")) == {"a": "A", "b": "B", "c": "C", "d": "D"}
     assert most == 2

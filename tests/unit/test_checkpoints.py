@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from c2f_ray import checkpoints
-from c2f_ray.algorithms.length import LengthState
-from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
+from c2f_ray.driver import checkpoints
+from c2f_ray.driver.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
+from c2f_ray.driver.length import LengthState
 
 LENGTH = LengthState(limit=17.123456789012345, step=3, reward_mean=-0.1, reward_variance=1 / 3)
 

@@ -15,8 +15,8 @@ import pytest
 import typer
 import yaml
 
-from c2f_ray.algorithms.length import LengthDecision
 from c2f_ray.cli import app
+from c2f_ray.driver.length import LengthDecision
 from c2f_ray.plan.clusters import chosen_nodes
 from c2f_ray.plan.estimate import estimate
 from c2f_ray.recipe import load_recipe

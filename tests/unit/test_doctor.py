@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from c2f_ray.cli import app
 from c2f_ray.doctor import broadcast, cluster, node
 from c2f_ray.recipe import load_recipe
-from c2f_ray.session import unreachable
+from c2f_ray.runtime.session import unreachable
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9

@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from c2f_ray import driver
-from c2f_ray.algorithms import length as length_control
-from c2f_ray.algorithms.length import LengthDecision, LengthState
 from c2f_ray.data.trajectory import TrajectoryInfo
-from c2f_ray.driver import Training
+from c2f_ray.driver import length as length_control
+from c2f_ray.driver import loop as driver
+from c2f_ray.driver.length import LengthDecision, LengthState
+from c2f_ray.driver.loop import Training
+from c2f_ray.driver.sampling import Rollouts
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.recipe import load_recipe
 from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.function import FunctionScorer
 from c2f_ray.reward.samples import Sample
-from c2f_ray.sampling import Rollouts
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from c2f_ray.algorithms import gae
+from c2f_ray.losses import gae
 
 # Two responses of 3 and 1 tokens; what lies outside the mask is poison.
 MASK = torch.tensor([[True, True, True], [True, False, False]])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from c2f_ray.algorithms import importance
+from c2f_ray.losses import importance
 
 
 def test_weights_are_ratios_up_to_the_clip():

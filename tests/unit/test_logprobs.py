@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from c2f_ray.algorithms.logprobs import ResponseLogprobs, chunks_for
+from c2f_ray.learner.logprobs import ResponseLogprobs, chunks_for
 
 
 def tiny_mistral():

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from c2f_ray.driver.check import check_wandb
 from c2f_ray.errors import RecipeError
-from c2f_ray.preflight import check_wandb
 from c2f_ray.recipe import dump_recipe, load_recipe
 from c2f_ray.watch.metrics import MetricsLog
 
@@ -115,10 +115,10 @@ def test_wandb_is_left_alone_where_no_recipe_asks(tmp_path, monkeypatch):
 
 
 def test_wandb_needs_its_package_and_its_key(monkeypatch):
-    monkeypatch.setattr("c2f_ray.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("c2f_ray.driver.check.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="run.wandb: 'cats' needs the package wandb"):
         check_wandb("cats")
-    monkeypatch.setattr("c2f_ray.preflight.find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr("c2f_ray.driver.check.find_spec", lambda name: ModuleSpec(name, None))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RecipeError, match="run.wandb: 'cats' needs the environment variable WANDB_API_KEY"):

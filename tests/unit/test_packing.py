@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen3NextConfig
 
-from c2f_ray.algorithms.logprobs import ResponseLogprobs
-from c2f_ray.algorithms.packing import PACKED, layout, obstacle
-from c2f_ray.algorithms.values import ResponseValues
+from c2f_ray.learner.logprobs import ResponseLogprobs
+from c2f_ray.learner.packing import PACKED, layout, obstacle
+from c2f_ray.learner.values import ResponseValues
 
 LENGTHS = torch.tensor([9, 1, 6, 12])
 

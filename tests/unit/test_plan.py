@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from c2f_ray.algorithms import logprobs
 from c2f_ray.cli import app
 from c2f_ray.errors import RecipeError
+from c2f_ray.learner import logprobs
 from c2f_ray.plan import memory
 from c2f_ray.plan.clusters import GPUS, Actor, Node, actors_of, chosen_nodes, place
 from c2f_ray.plan.estimate import disk, estimate, read_models

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from c2f_ray.algorithms import kl, ppo
-from c2f_ray.algorithms.running import Moments
+from c2f_ray.losses import kl
+from c2f_ray.losses import policy as ppo
+from c2f_ray.losses.running import Moments
 
 # Ratio, advantage, and the loss with clip 0.2: unclipped, clipped above, clipped below, and the two ways out of the
 # range that the clip must not stop because they undo what the advantage asks for.

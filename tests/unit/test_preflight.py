@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from c2f_ray.algorithms.length import LengthState
-from c2f_ray.checkpoints import RunState, write_checkpoint
+from c2f_ray.driver.check import check_train
+from c2f_ray.driver.checkpoints import RunState, write_checkpoint
+from c2f_ray.driver.length import LengthState
 from c2f_ray.errors import RecipeError
-from c2f_ray.preflight import check_resources, check_train
 from c2f_ray.recipe import dump_recipe, load_recipe
 from c2f_ray.recipe.roles import Needs
+from c2f_ray.runtime.session import check_resources
 from c2f_ray.tiny.tokenizer import policy_tokenizer, reward_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,10 +7,10 @@ import pytest
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from c2f_ray.data.trajectory import TrajectoryInfo
+from c2f_ray.driver.sampling import _Arrived, with_reward
 from c2f_ray.reward.rewards import ScoredShard
 from c2f_ray.rollout import actor
 from c2f_ray.rollout.actor import Begun, RolloutActor, RolloutRequest
-from c2f_ray.sampling import _Arrived, with_reward
 
 REQUESTS = [RolloutRequest(sample_id, sample_id // 2, sample_id, sample_id % 2 == 1) for sample_id in range(10)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from c2f_ray.algorithms.schedule import lr_factor
+from c2f_ray.learner.schedule import lr_factor
 from c2f_ray.recipe.schema import Optimizer
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from c2f_ray.algorithms.selection import best_of_draw, select
 from c2f_ray.data.prompts import draw
+from c2f_ray.losses.selection import best_of_draw, select
 
 DRAWS = np.array([7, 7, 3, 3, 3, 5, 5])
 REWARD = np.array([0.1, 0.9, 2.0, -1.0, 0.5, 0.3, 0.2], np.float32)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from c2f_ray.driver import Training, first_state
+from c2f_ray.driver.loop import Training, first_state
 from c2f_ray.errors import LearnerLostError, StoppedError
 from c2f_ray.recipe import load_recipe
-from c2f_ray.stopping import Stopping
+from c2f_ray.runtime.signals import Stopping
 
 
 def test_at_once_when_nothing_is_held():

@@ -2,7 +2,7 @@
 
 import psutil
 
-from c2f_ray.store import open_store
+from c2f_ray.runtime.rendezvous import open_store
 
 
 def test_on_loopback_alone():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from c2f_ray.threads import available_cores, thread_env
+from c2f_ray.runtime.threads import available_cores, thread_env
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_actors_that_work_at_the_same_time_share_the_cores(cores: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("c2f_ray.threads.CGROUP_QUOTA", Path("/none"))
+    monkeypatch.setattr("c2f_ray.runtime.threads.CGROUP_QUOTA", Path("/none"))
     assert thread_env(None, 2)["OMP_NUM_THREADS"] == "4"
     assert thread_env(None, 3)["OMP_NUM_THREADS"] == "2"
     assert thread_env(None, 20)["OMP_NUM_THREADS"] == "1"

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from c2f_ray.recipe import dump_recipe, load_recipe
-from c2f_ray.timeline import Timeline, last_steps, read_trace, spans_of
+from c2f_ray.runtime.trace import Timeline, last_steps, read_trace, spans_of
 from c2f_ray.watch.dashboard import frame, sparkline, watch
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.report import write_report
@@ -36,7 +36,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("c2f_ray.timeline.time", clock)
+    monkeypatch.setattr("c2f_ray.runtime.trace.time", clock)
     return clock
 
 

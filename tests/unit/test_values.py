@@ -3,7 +3,7 @@
 import torch
 from transformers import MistralConfig, MistralModel
 
-from c2f_ray.algorithms.values import ResponseValues
+from c2f_ray.learner.values import ResponseValues
 
 
 def trunk(dtype: torch.dtype = torch.float32) -> MistralModel:

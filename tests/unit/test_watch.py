@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from c2f_ray.runtime.watchdog import duration
 from c2f_ray.watch.metrics import MetricsLog, read_metrics, without_timing
-from c2f_ray.watch.progress import Progress, duration
+from c2f_ray.watch.progress import Progress
 from c2f_ray.watch.report import format_table, write_report
 
 

@@ -2,7 +2,7 @@
 
 from threading import Event
 
-from c2f_ray.watch.watchdog import Busy, Watchdog
+from c2f_ray.runtime.watchdog import Busy, Watchdog
 
 
 def test_a_silence_is_told_at_a_quarter_of_the_deadline_and_each_time_it_has_doubled():
@@ -44,7 +44,7 @@ def test_an_actor_with_two_calls_is_as_silent_as_the_one_last_heard_of():
 
 
 def test_the_thread_looks_by_itself_and_ends(monkeypatch):
-    monkeypatch.setattr("c2f_ray.watch.watchdog.LOOK_S", 0.01)
+    monkeypatch.setattr("c2f_ray.runtime.watchdog.LOOK_S", 0.01)
     heard = Event()
     dog = Watchdog([lambda: [Busy("a", "x", 9, 10)]], lambda line: heard.set())
     assert heard.wait(30)

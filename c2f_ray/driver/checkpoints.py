@@ -4,9 +4,7 @@
 It is written as ``step_000012.partial`` and renamed.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from c2f_ray.algorithms.length import LengthState
+from c2f_ray.data.atomic import remove_folder, replacing, sha256, sync
+from c2f_ray.driver.length import LengthState
 
 MANIFEST, STATE = "manifest.json", "state.json"
 
@@ -48,22 +47,12 @@ def write_checkpoint(
     ``write`` puts the learner's files into a folder and returns their SHA-256 hex digests by file name.
     """
     folder = run / "checkpoints" / f"step_{state.step:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    digests = write(partial)
-    _write(partial / STATE, {"run": asdict(state), "policy": policy})
-    _write(partial / MANIFEST, {"files": digests | {STATE: sha256(partial / STATE)}})
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was continued from an earlier step
-    commit(partial, folder)
+    with replacing(folder, durable=True) as partial:  # there may be one, of a run that was continued from before it
+        partial.mkdir()
+        digests = write(partial)
+        _write(partial / STATE, {"run": asdict(state), "policy": policy})
+        _write(partial / MANIFEST, {"files": digests | {STATE: sha256(partial / STATE)}})
     return folder
-
-
-def commit(partial: Path, folder: Path) -> None:
-    """From here on the checkpoint is there."""
-    sync(partial)
-    partial.rename(folder)
-    sync(folder.parent)
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -86,22 +75,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_best: int) -> None:
     older = _complete(run)[:-keep_last]
     rewards = {folder: json.loads((folder / STATE).read_text())["run"]["mean_reward"] for folder in older}
     for folder in sorted(older, key=lambda folder: rewards[folder])[: len(older) - keep_best]:
-        # Renamed first, so that a checkpoint which is there is there whole.
-        partial = folder.with_name(folder.name + ".partial")
-        folder.rename(partial)
-        shutil.rmtree(partial)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        remove_folder(folder)
 
 
 def _complete(run: Path) -> list[Path]:

@@ -6,14 +6,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants, services
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.preflight import check_resources
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.roles import Role, needs_of
+from c2f_ray.recipe.roles import Needs, Role, needs_of
 
 PROBE_S = 5.0
 SPARE_CPUS = 2  # for tasks, such as merging
@@ -87,3 +87,13 @@ def _connect(address: str | None, cpus: int) -> bool:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray_constants.ENABLE_RAY_CLUSTER = True
     return True
+
+
+def check_resources(needs: Needs, machine: dict[str, Any]) -> None:
+    """Refuses a job that asks for more than the machine has, on which it would run alone."""
+    for name, amount in (("GPU", needs.gpus), ("CPU", needs.cpus)):
+        if amount > machine.get(name, 0):
+            raise RecipeError(
+                f"the recipe asks for {amount:g} {name}, and this machine has {machine.get(name, 0):g}; lower "
+                "rollout.actors, reward.workers or learner.ranks (or what each takes), or join a cluster: RAY_ADDRESS"
+            )

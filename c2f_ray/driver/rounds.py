@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from c2f_ray.algorithms import length as length_control
-from c2f_ray.algorithms.length import LengthDecision, LengthInputs
-from c2f_ray.algorithms.selection import best_of_draw, select
-from c2f_ray.driver import Training
+from c2f_ray.data.atomic import replacing
+from c2f_ray.driver import length as length_control
+from c2f_ray.driver.length import LengthDecision, LengthInputs
+from c2f_ray.driver.loop import Training
+from c2f_ray.driver.sampling import Rollouts
 from c2f_ray.learner.batching import UpdateBatch
+from c2f_ray.losses.selection import best_of_draw, select
 from c2f_ray.recipe.schema import RejectionSamplingLearner
-from c2f_ray.sampling import Rollouts
 
 
 class Rounds(Training):
@@ -28,10 +29,9 @@ class Rounds(Training):
     def begin(self) -> None:
         start = self.folder / "start"
         if self.settings.restart_from == "start" and not start.is_dir():
-            partial = start.with_name("start.partial")
-            partial.mkdir(exist_ok=True)
-            self.learner.save(partial)
-            partial.rename(start)
+            with replacing(start) as partial:
+                partial.mkdir()
+                self.learner.save(partial)
         if not self.state.heldout:
             self.state.heldout = [self.judge()["heldout/best_of_n"]]
 

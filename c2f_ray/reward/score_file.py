@@ -15,14 +15,15 @@ import numpy as np
 import ray
 from rich.progress import Progress
 
+from c2f_ray.data.inputs import with_absolute_folders
 from c2f_ray.data.prompts import PromptSource
 from c2f_ray.errors import BadRewardError, RecipeError
-from c2f_ray.preflight import check_reward, with_absolute_folders
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import reward_roles
+from c2f_ray.reward.check import check_reward
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.reward.samples import Sample
-from c2f_ray.session import ray_session
+from c2f_ray.runtime.session import ray_session
 
 SHARD_RECORDS = 32
 SHARDS_AHEAD = 8  # on their way to the workers

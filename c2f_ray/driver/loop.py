@@ -22,10 +22,13 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from c2f_ray.algorithms import length as length_control
-from c2f_ray.algorithms.length import LengthDecision, LengthInputs
-from c2f_ray.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
+from c2f_ray.data.inputs import run_folder, with_absolute_folders
 from c2f_ray.data.texts import TrajectoryWriter, unscored_path
+from c2f_ray.driver import length as length_control
+from c2f_ray.driver.check import Checked, check_train
+from c2f_ray.driver.checkpoints import RunState, newest_checkpoint, prune_checkpoints, write_checkpoint
+from c2f_ray.driver.length import LengthDecision, LengthInputs
+from c2f_ray.driver.sampling import Carried, Learning, Rollouts, Sampler
 from c2f_ray.errors import (
     ActorDiedError,
     BadRewardError,
@@ -36,21 +39,19 @@ from c2f_ray.errors import (
     StepLostError,
 )
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
-from c2f_ray.placement import Placement, reserved
-from c2f_ray.preflight import Checked, check_train, run_folder, with_absolute_folders
 from c2f_ray.recipe import Recipe, dump_recipe
 from c2f_ray.recipe.roles import train_roles
 from c2f_ray.recipe.schema import Learner, RejectionSamplingLearner
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.rollout.pool import RolloutPool
-from c2f_ray.sampling import Carried, Learning, Rollouts, Sampler
-from c2f_ray.session import ray_session
-from c2f_ray.stopping import Stopping
-from c2f_ray.timeline import Timeline
-from c2f_ray.waiting import wait_for
+from c2f_ray.runtime.placement import Placement, reserved
+from c2f_ray.runtime.session import ray_session
+from c2f_ray.runtime.signals import Stopping
+from c2f_ray.runtime.trace import Timeline
+from c2f_ray.runtime.waiting import wait_for
+from c2f_ray.runtime.watchdog import Watchdog
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress
-from c2f_ray.watch.watchdog import Watchdog
 
 MAX_UNSAVED = 4  # steps whose trajectories may still be on their way to disk; each keeps its shards in memory
 
@@ -93,7 +94,7 @@ def train(recipe: Recipe, *, fresh: bool = False) -> Path:
 
 def training_of(learner: Learner) -> "type[Training]":
     if isinstance(learner, RejectionSamplingLearner):
-        from c2f_ray.rounds import Rounds
+        from c2f_ray.driver.rounds import Rounds
 
         return Rounds
     return Training

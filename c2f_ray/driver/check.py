@@ -13,30 +13,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from c2f_ray.algorithms.packing import obstacle
-from c2f_ray.checkpoints import Checkpoint, newest_checkpoint
-from c2f_ray.data.model_folder import absolute_folder, check_model
-from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set, prompt_groups
+from c2f_ray.data.inputs import heldout_prompts, run_folder, training_prompts, with_absolute_folders
+from c2f_ray.data.model_folder import check_context, check_model
+from c2f_ray.data.prompts import PromptSet, prompt_groups
 from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
+from c2f_ray.driver.checkpoints import Checkpoint, newest_checkpoint
 from c2f_ray.errors import RecipeError
-from c2f_ray.functions import load_function
+from c2f_ray.learner.packing import obstacle
 from c2f_ray.recipe import Recipe, load_recipe
-from c2f_ray.recipe.roles import Needs
 from c2f_ray.recipe.schema import (
-    Evaluate,
-    FunctionReward,
-    LogRatioReward,
-    OneReward,
     PPOLearner,
-    Reward,
-    SumReward,
-    UltraRMReward,
-    WinRate,
 )
-from c2f_ray.reward.log_ratio import encode
-from c2f_ray.reward.samples import Sample
-from c2f_ray.reward.ultrarm import check_ultrarm_folder
+from c2f_ray.reward.check import check_reward
 
 T = TypeVar("T")
 
@@ -53,10 +42,6 @@ class Checked:
     policy_config: dict[str, Any]  # what the policy's architecture is
     resume: Checkpoint | None  # to go on from
     notes: list[str]  # what to tell before the run begins
-
-
-def run_folder(recipe: Recipe) -> Path:
-    return Path(recipe.run.folder) / recipe.run.name
 
 
 def check_train(recipe: Recipe, fresh: bool) -> Checked:
@@ -168,55 +153,6 @@ def check_lora(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
 
 
-def check_reward(reward: Reward) -> None:
-    """Raises RecipeError with the problems of all rewards together."""
-    problems: list[str] = []
-    for name, part in reward.named_parts().items():
-        try:
-            check_one_reward(reward.part_key(name), part.reward)
-        except RecipeError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise RecipeError(*problems)
-
-
-def check_one_reward(key: str, reward: UltraRMReward | LogRatioReward | FunctionReward) -> None:
-    if isinstance(reward, FunctionReward):
-        load_function(f"{key}.function", reward.function)
-        return
-    for field in reward.model_signs:
-        model = getattr(reward, field)
-        config = check_model(f"{key}.{field}", model)
-        context = getattr(config, "max_position_embeddings", reward.max_tokens)
-        # An engine generates one token more, which nobody reads.
-        most = context - reward.generates
-        if reward.max_tokens > most:
-            raise RecipeError(
-                f"{key}.max_tokens: {reward.max_tokens} is beyond the context of {model}, which has room for {most}; "
-                "lower it"
-            )
-    if isinstance(reward, LogRatioReward):
-        check_pair(key, reward)
-    elif Path(reward.model).is_dir() and (wrong := check_ultrarm_folder(Path(reward.model))):
-        raise RecipeError(f"{key}.model: {reward.model} {wrong}")
-
-
-def check_pair(key: str, reward: LogRatioReward) -> None:
-    """The same token ids go to both models, rendered by the policy model's template."""
-    tokenizer = load_tokenizer(reward.policy_model)
-    if tokenizer.get_vocab() != load_tokenizer(reward.reference_model).get_vocab():
-        raise RecipeError(
-            f"{key}.reference_model: {reward.reference_model} has another vocabulary than {reward.policy_model}; a log "
-            "ratio compares the probabilities of the same tokens"
-        )
-    template = chat_template(reward.chat_template, tokenizer, f"{key}.chat_template")
-    sample = Sample([{"role": "user", "content": "question"}], "answer", finished=True, record={})
-    try:
-        encode(reward, tokenizer, template, sample)
-    except Exception as error:  # the template's own, and jinja's
-        raise RecipeError(f"{key}.chat_template: it cannot render an assistant's message: {error}") from None
-
-
 def check_run_folder(folder: Path, fresh: bool) -> None:
     """Only a run's own folder is ever removed, and only when that was asked for."""
     parts = [folder, *folder.parents]
@@ -296,91 +232,3 @@ def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 def training_template(recipe: Recipe) -> str:
     return chat_template(recipe.policy.chat_template, load_tokenizer(recipe.policy.model))
-
-
-def training_prompts(recipe: Recipe, template: str) -> PromptSet:
-    tokenizer = load_tokenizer(recipe.policy.model)
-    settings = recipe.prompts
-    source = PromptSource(
-        key="prompts.source",
-        source=settings.source,
-        split=settings.split,
-        field=settings.field,
-        turns=settings.turns,
-        system=settings.system,
-        num_prompts=settings.num_prompts,
-        seed=recipe.run.seed,
-    )
-    return build_prompt_set(source, tokenizer, template, settings.max_tokens, settings.too_long)
-
-
-def heldout_prompts(recipe: Recipe, template: str) -> PromptSet:
-    assert recipe.evaluate is not None  # the recipe is refused otherwise
-    source = evaluation_source(recipe, "evaluate.prompts", recipe.evaluate)
-    tokenizer = load_tokenizer(recipe.policy.model)
-    return build_prompt_set(source, tokenizer, template, recipe.prompts.max_tokens, "refuse")
-
-
-def evaluation_source(recipe: Recipe, key: str, settings: Evaluate | WinRate) -> PromptSource:
-    """Prompts that are read as those of training are."""
-    return PromptSource(
-        key=key,
-        source=settings.prompts,
-        split=settings.split,
-        field=settings.field,
-        turns=recipe.prompts.turns,
-        system=recipe.prompts.system,
-        num_prompts=settings.num_prompts,
-        seed=recipe.run.seed,
-    )
-
-
-def with_absolute_folders(recipe: Recipe) -> Recipe:
-    """The recipe with its model folders as absolute paths: an actor's working directory need not be the driver's."""
-    policy = recipe.policy.model_copy(update={"model": absolute_folder(recipe.policy.model)})
-    reward: Reward = recipe.reward
-    if isinstance(reward, SumReward):
-        parts = {
-            name: part.model_copy(update={"reward": _with_absolute_models(part.reward)})
-            for name, part in reward.parts.items()
-        }
-        reward = reward.model_copy(update={"parts": parts})
-    else:
-        reward = _with_absolute_models(reward)
-    learner = recipe.learner
-    if isinstance(learner, PPOLearner) and learner.names_a_critic:
-        critic = learner.critic.model_copy(update={"model": absolute_folder(learner.critic.model)})
-        learner = learner.model_copy(update={"critic": critic})
-    return recipe.model_copy(update={"policy": policy, "reward": reward, "learner": learner})
-
-
-def _with_absolute_models(reward: OneReward) -> OneReward:
-    return reward.model_copy(update={field: absolute_folder(getattr(reward, field)) for field in reward.model_signs})
-
-
-def check_context(
-    config: PreTrainedConfig,
-    prompt_key: str,
-    prompt: int,
-    response_key: str,
-    response: int,
-    owner: str = "model",
-    turns: int = 1,
-) -> None:
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and turns * (prompt + response) > context:
-        times = "" if turns == 1 else f", {turns} times,"
-        raise RecipeError(
-            f"{prompt_key} {prompt} and {response_key} {response} together{times} are {turns * (prompt + response)} "
-            f"tokens, beyond the {owner}'s context of {context}; lower one of them"
-        )
-
-
-def check_resources(needs: Needs, machine: dict[str, Any]) -> None:
-    """Refuses a job that asks for more than the machine has, on which it would run alone."""
-    for name, amount in (("GPU", needs.gpus), ("CPU", needs.cpus)):
-        if amount > machine.get(name, 0):
-            raise RecipeError(
-                f"the recipe asks for {amount:g} {name}, and this machine has {machine.get(name, 0):g}; lower "
-                "rollout.actors, reward.workers or learner.ranks (or what each takes), or join a cluster: RAY_ADDRESS"
-            )

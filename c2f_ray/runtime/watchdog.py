@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Event, Thread
 
-from c2f_ray.watch.progress import duration
-
 LOOK_S = 5.0
 SHARE = 0.25  # of its deadline: when an actor's silence is first told; then after twice as long
 
@@ -52,3 +50,9 @@ class Watchdog:
     def close(self) -> None:
         self.closed.set()
         self.thread.join(LOOK_S)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,1 @@
+"""The formulas of the algorithms, as pure functions of arrays and tensors."""

@@ -1,0 +1,1 @@
+"""Ray without reinforcement learning: sessions, placement, waits, signals, traces and the watchdog."""
