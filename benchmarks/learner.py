@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.group import LearnerGroup
@@ -130,7 +131,7 @@ def update_batch(num: int, seed: int) -> UpdateBatch:
 
 @contextmanager
 def learner(recipe: Recipe) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(recipe, total_updates=1000)
+    group = LearnerGroup(recipe, algorithm_of(recipe.learner), total_updates=1000)
     group.wait_until_ready()
     yield group
     group.close()

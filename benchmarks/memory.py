@@ -21,6 +21,7 @@ import torch
 from learner import PROMPT_TOKENS, SMALL, recipe, rollouts, save_model, update_batch
 from torch.profiler import ProfilerActivity, profile
 
+from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.plan.memory import learner_memory
 from c2f_ray.plan.model import read_model
@@ -96,7 +97,9 @@ def measure(recipe: Recipe) -> dict[str, int]:
     actor = ray.remote(LearnerRank).options(
         num_cpus=1, runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
     )
-    ranks: list[Any] = [actor.remote(recipe, rank, 2) for rank in range(recipe.learner.ranks)]
+    ranks: list[Any] = [
+        actor.remote(recipe, algorithm_of(recipe.learner), rank, 2) for rank in range(recipe.learner.ranks)
+    ]
     meeting = ranks[0].rendezvous.remote()
     ray.get([rank.start.remote(meeting) for rank in ranks])
     lengths = np.full(SAMPLES, RESPONSE_TOKENS)

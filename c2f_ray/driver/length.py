@@ -11,9 +11,6 @@ and the feature that stands in for the critic when there is none.
 import math
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from c2f_ray.recipe.schema import Length, LogisticLength
 
 MIN_VARIANCE = 1e-12  # a feature that has moved less than a millionth has no scale to be measured on yet
@@ -39,7 +36,7 @@ class LengthState:
 @dataclass(frozen=True)
 class LengthInputs:
     mean_reward: float  # of the step's samples, greedy rollouts left out
-    critic: float  # the critic's loss; ``reward_spread`` where there is no critic
+    critic: float  # the critic's loss; `reward_spread` of a baseline where there is no critic
 
 
 @dataclass(frozen=True)
@@ -57,15 +54,6 @@ class LengthDecision:
 def start(length: Length) -> LengthState:
     """The state before the first step."""
     return LengthState(float(length.max_tokens if length.rule == "fixed" else length.start_tokens))
-
-
-def reward_spread(reward: NDArray[np.floating], baseline: NDArray[np.floating]) -> float:
-    """Population standard deviation of ``reward - baseline`` ([N] each), in units of reward (ours).
-
-    ReMax's baseline is the greedy rollout's reward. Like a critic's loss this falls as the baseline comes to
-    predict the sample's reward; unlike a root mean square it leaves out how much better sampling is on average.
-    """
-    return float(np.std(np.asarray(reward, np.float64) - np.asarray(baseline, np.float64)))
 
 
 def standardise(

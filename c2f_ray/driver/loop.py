@@ -17,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from c2f_ray.algorithms.base import ScoredStep
+from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.data.inputs import run_folder, with_absolute_folders
 from c2f_ray.data.texts import TrajectoryWriter, unscored_path
 from c2f_ray.driver import length as length_control
@@ -163,7 +164,7 @@ class Training:
             self.revive,
             self.timed,
         )
-        self.learner = LearnerGroup(recipe, checked.total_steps, placement)
+        self.learner = LearnerGroup(recipe, algorithm_of(recipe.learner), checked.total_steps, placement)
         stack.callback(lambda: self.learner.close())  # whichever it is then
         self.connected: list[Any] = []  # the rollout actors that are in the learner's transfer group
         self.learner_restarts_left = recipe.cluster.max_restarts
@@ -230,7 +231,7 @@ class Training:
         for note in [str(lost), *notes, f"the learner starts again; the run goes on after step {self.state.step}"]:
             self.progress.note(note)
         log.go_back(self.state.step)
-        self.learner = LearnerGroup(self.recipe, self.total_steps, self.placement)
+        self.learner = LearnerGroup(self.recipe, algorithm_of(self.recipe.learner), self.total_steps, self.placement)
         self.connected = []
         self.learner.wait_until_ready()
         if checkpoint:
@@ -385,24 +386,16 @@ class Training:
         """The length controller sees the step, unless its update was skipped."""
         if learned["learner/skipped"]:
             return None
-        if batch.baseline is None:
-            critic = learned["critic/loss"]
-        else:
-            critic = length_control.reward_spread(batch.reward, batch.baseline)
+        critic = algorithm_of(self.recipe.learner).length_feature(batch, learned)
         inputs = LengthInputs(mean_reward=float(batch.reward.mean()), critic=critic)
         self.state.length, decision = length_control.observe(self.recipe.length, self.state.length, inputs)
         return decision
 
     def update_batch(self, rollouts: Rollouts) -> UpdateBatch:
-        """What the learner needs beside the shards; greedy rollouts, where there are any, become the baseline."""
-        info, rewards = rollouts.info, rollouts.rewards
-        sampled = ~info.greedy
-        baseline = None
-        if self.recipe.learner.needs_greedy:
-            prompt = self.sampler.prompt_number(info)
-            greedy = dict(zip(prompt[~sampled].tolist(), rewards[~sampled].tolist(), strict=True))
-            baseline = np.array([greedy[number] for number in prompt[sampled].tolist()], np.float32)
-        return UpdateBatch(info.sample_id[sampled], rewards[sampled], baseline)
+        """What the learner needs beside the shards."""
+        step = ScoredStep(rollouts.info, self.sampler.prompt_number(rollouts.info), rollouts.rewards)
+        seed = [self.recipe.run.seed, self.state.step]
+        return algorithm_of(self.recipe.learner).batch(step, self.recipe.learner, seed)
 
     def roll_out(self, step: int, position: int, carried: list[Carried], learning: Learning | None = None) -> Rollouts:
         limit, last = self.state.length.tokens, step == self.total_steps

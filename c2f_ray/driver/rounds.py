@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.data.atomic import replacing
 from c2f_ray.driver import length as length_control
 from c2f_ray.driver.length import LengthDecision, LengthInputs
 from c2f_ray.driver.loop import Training
 from c2f_ray.driver.sampling import Rollouts
 from c2f_ray.learner.batching import UpdateBatch
-from c2f_ray.losses.selection import best_of_draw, select
+from c2f_ray.losses.selection import best_of_draw
 from c2f_ray.recipe.schema import RejectionSamplingLearner
 
 
@@ -76,18 +77,10 @@ class Rounds(Training):
             "heldout/length": float(rollouts.info.response_tokens.mean()),
         }
 
-    def update_batch(self, rollouts: Rollouts) -> UpdateBatch:
-        """The responses that the round keeps."""
-        info, learner = rollouts.info, self.settings
-        seed = [self.recipe.run.seed, self.state.step]
-        draw = self.sampler.prompt_number(info)
-        kept = select(draw, rollouts.rewards, seed, learner.min_margin, learner.top_fraction)
-        return UpdateBatch(info.sample_id[kept], rollouts.rewards[kept], None)
-
     def start_learning(self, rollouts: Rollouts, batch: UpdateBatch) -> None:
         if self.settings.restart_from == "start" and self.state.step > 0:
             self.learner.load(self.folder / "start")
-        self.kept = {"selection/kept": float(len(batch.reward)), "selection/reward_mean": float(batch.reward.mean())}
+        self.kept = algorithm_of(self.recipe.learner).batch_metrics(batch)
         super().start_learning(rollouts, batch)
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:

@@ -5,6 +5,7 @@ of the ranks that did not answer.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,16 @@ class Asked:
 class LearnerGroup:
     """``learner.ranks`` actors, one DeepSpeed job together."""
 
-    def __init__(self, recipe: Recipe, total_updates: int, placement: Placement = ANYWHERE) -> None:
-        """Tells the ranks to start. ``total_updates`` of the whole run, for the learning-rate schedule."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        algorithm: Callable[[Recipe, int, int], Any],
+        total_updates: int,
+        placement: Placement = ANYWHERE,
+    ) -> None:
+        """Tells the ranks to start. ``algorithm`` is the class that each rank makes an instance of; ``total_updates``
+        of the whole run, for the learning-rate schedule.
+        """
         self.recipe = recipe
         gpus = recipe.learner.gpus_per_rank
         # The second is what cuBLAS needs to be deterministic, where the recipe asks for that.
@@ -51,7 +60,7 @@ class LearnerGroup:
         options = {"num_gpus": gpus, "num_cpus": 0 if gpus else 1, "runtime_env": {"env_vars": environment}}
         self.placement = placement
         self.ranks: list[Any] = [
-            placement.start("learner", rank, LearnerRank, options, recipe, rank, total_updates)
+            placement.start("learner", rank, LearnerRank, options, recipe, algorithm, rank, total_updates)
             for rank in range(recipe.learner.ranks)
         ]
         meeting = self.ranks[0].rendezvous.remote()  # handed on as a reference: nothing waits here

@@ -6,9 +6,9 @@ of micro-batches; an update that is not finite raises on every rank and names it
 
 import json
 import os
-from math import ceil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,27 +21,23 @@ from torch import distributed
 from c2f_ray.data.atomic import sha256, sync
 from c2f_ray.data.trajectory import Float32, Int64
 from c2f_ray.errors import ActorDiedError, NonFiniteUpdateError, ShardsLostError
-from c2f_ray.learner.batching import Reference, Samples, UpdateBatch, rank_plan
+from c2f_ray.learner.accumulator import MetricsAccumulator
+from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
-from c2f_ray.learner.ppo import PPO
-from c2f_ray.learner.remax import ReMax
-from c2f_ray.learner.sft import SFT
-from c2f_ray.learner.tally import Tally
-from c2f_ray.recipe.schema import PPOLearner, Recipe, RejectionSamplingLearner, ReMaxLearner
+from c2f_ray.recipe.schema import Recipe
 from c2f_ray.runtime.rendezvous import open_store
 from c2f_ray.runtime.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights
 from c2f_ray.weights.transfer import WeightSender
 
-if TYPE_CHECKING:  # it imports DeepSpeed
-    from c2f_ray.learner.engine import TrainedModel
-
 
 class LearnerRank:
     """Runs as a Ray actor. Every method from ``start`` on is called on all ranks at the same time."""
 
-    def __init__(self, recipe: Recipe, rank: int, total_updates: int) -> None:
+    def __init__(self, recipe: Recipe, kind: Callable[[Recipe, int, int], Any], rank: int, total_updates: int) -> None:
+        """``kind``: the class of the algorithm, of which every rank has an instance."""
+        self.kind = kind
         self.recipe = recipe
         self.learner = recipe.learner
         self.rank = rank
@@ -68,64 +64,9 @@ class LearnerRank:
         # Only so that no process stays behind for ever: the driver's own deadlines come first.
         timeout_s = max(self.recipe.cluster.start_timeout_s, self.learner.timeout_s)
         engine.join_process_group(self.store, self.rank, self.learner, timeout_s)
-        self.algorithm = self._algorithm()
+        self.algorithm = self.kind(self.recipe, self.rank, self.total_updates)
         self.policy = self.algorithm.policy
         self.device = self.policy.engine.device
-
-    def _algorithm(self) -> ReMax | PPO | SFT:
-        """What learner.algorithm decides."""
-        match self.learner:
-            case PPOLearner():
-                return self._ppo(self.learner)
-            case ReMaxLearner():
-                return self._remax(self.learner)
-            case RejectionSamplingLearner():
-                return self._sft(self.learner)
-            case unknown:
-                assert_never(unknown)
-
-    def _sft(self, learner: RejectionSamplingLearner) -> SFT:
-        from c2f_ray.learner import engine
-
-        steps = learner.epochs * ceil(self.recipe.prompts.per_step / learner.responses_per_update)  # of one round
-        total_steps = steps if learner.restart_from == "start" else steps * self.total_updates
-        policy = engine.TrainedModel(
-            engine.load_policy(self.recipe.policy, learner), learner, learner.optimizer, total_steps
-        )
-        return SFT(learner, self.recipe.run.seed, self.rank, policy)
-
-    def _remax(self, learner: ReMaxLearner) -> ReMax:
-        from c2f_ray.learner import engine
-
-        module = engine.load_policy(self.recipe.policy, learner)
-        policy = engine.TrainedModel(module, learner, learner.optimizer, self.total_updates)
-        return ReMax(learner, self.rank, policy, self._reference(policy, learner.kl_coefficient))
-
-    def _ppo(self, learner: PPOLearner) -> PPO:
-        from c2f_ray.learner import engine
-
-        critic = self.recipe.critic_model
-        assert critic is not None  # PPO has one
-        steps = learner.epochs * learner.minibatches  # of each optimizer in one update
-        module = engine.load_policy(self.recipe.policy, learner, entropy_gradient=learner.entropy_coefficient > 0)
-        policy_steps = (self.total_updates - learner.critic.warmup_steps) * steps
-        policy = engine.TrainedModel(module, learner, learner.optimizer, policy_steps)
-        values = engine.load_critic(critic, self.recipe.policy, learner)
-        critic = engine.TrainedModel(values, learner, learner.critic.optimizer, self.total_updates * steps)
-        reference = self._reference(policy, learner.kl_coefficient)
-        return PPO(learner, self.recipe.run.seed, self.rank, policy, reference, critic)
-
-    def _reference(self, policy: "TrainedModel", kl_coefficient: float) -> Reference | None:
-        """The policy that the run started from, frozen, where a KL coefficient asks for it."""
-        from c2f_ray.learner import engine
-
-        if kl_coefficient == 0:
-            return None
-        if self.learner.lora is not None:
-            from c2f_ray.learner.adapters import without_adapters
-
-            return without_adapters(policy.engine)
-        return engine.frozen(engine.load_policy(self.recipe.policy, self.learner), self.learner)
 
     def update(self, shards: list[ObjectRef], batch: UpdateBatch) -> dict[str, float]:
         """Learns from one step's rollouts. Returns the update's metrics, the same on every rank.
@@ -133,11 +74,11 @@ class LearnerRank:
         ``shards`` refer to Trajectories; those that the batch does not name are left out. Seconds are those of the
         slowest rank. Raises NonFiniteUpdateError; ValueError when the shards lack a sample of the batch.
         """
-        tally = Tally(self.device)
-        with tally.seconds("time/learner_read_s"):
+        metrics = MetricsAccumulator(self.device)
+        with metrics.seconds("time/learner_read_s"):
             samples = self._samples(shards, batch.sample_id)
             batch = _in_order(batch, samples)
-        return self.algorithm.update(samples, batch, tally)
+        return self.algorithm.update(samples, batch, metrics)
 
     def _samples(self, shards: list[ObjectRef], only: Int64 | None = None) -> Samples:
         try:

@@ -8,6 +8,7 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.data.trajectory import Ragged
 from c2f_ray.learner.group import LearnerGroup, UpdateBatch
 from c2f_ray.recipe import Recipe, load_recipe
@@ -40,7 +41,7 @@ def test_engine_and_learner_agree_after_every_transfer(recipe: Recipe, cluster: 
     requests = [RolloutRequest(2 * row + greedy, row, row, bool(greedy)) for row in range(4) for greedy in (0, 1)]
     with (
         closing(RolloutPool(recipe, ray.put(prompts), PROMPT_TOKENS + 24, load_format="dummy")) as rollouts,
-        closing(LearnerGroup(recipe, 3)) as learner,
+        closing(LearnerGroup(recipe, algorithm_of(recipe.learner), 3)) as learner,
     ):
         rollouts.wait_until_ready()
         learner.wait_until_ready()

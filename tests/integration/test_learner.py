@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from c2f_ray.algorithms.remax import ReMax
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import ActorDiedError, DeadlineError, NonFiniteUpdateError
 from c2f_ray.learner.batching import Samples, UpdateBatch, plan, split_by_tokens
@@ -110,7 +111,7 @@ def save_policy(folder: Path) -> Path:
 
 def learn(policy: Path, folder: Path, order: int = 1, **learner) -> SimpleNamespace:
     """UPDATES updates by a group of its own."""
-    group = LearnerGroup(recipe(policy, **learner), UPDATES)
+    group = LearnerGroup(recipe(policy, **learner), ReMax, UPDATES)
     group.wait_until_ready()
     run = SimpleNamespace(metrics=[], folder=folder)
     for update in range(UPDATES):
@@ -292,7 +293,7 @@ def test_layout_changes_rounding_only(runs, name):
 
 def test_neither_the_order_of_micro_batches_nor_padding_matters(policy, runs):
     """Two ranks, some of whose micro-batches are turned round, and whose padding is random tokens."""
-    group = LearnerGroup(recipe(policy, ranks=2, tokens_per_microbatch=SMALL), UPDATES)
+    group = LearnerGroup(recipe(policy, ranks=2, tokens_per_microbatch=SMALL), ReMax, UPDATES)
     group.wait_until_ready()
     ray.get([rank.__ray_call__.remote(shuffle_and_fill_padding) for rank in group.ranks])
     metrics = group.update(shards(trajectories(0)), batch(0))
@@ -397,7 +398,7 @@ def broken_policy(policy, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def broken(cluster, broken_policy):
     """Two ranks that wait for 10 s only."""
-    group = LearnerGroup(recipe(broken_policy, ranks=2, timeout_s=10), UPDATES)
+    group = LearnerGroup(recipe(broken_policy, ranks=2, timeout_s=10), ReMax, UPDATES)
     group.wait_until_ready()
     yield group
     group.close()
@@ -422,7 +423,9 @@ def test_an_update_that_is_not_finite_names_its_samples(broken):
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_a_bad_update_leaves_nothing_behind(cluster, broken_policy, zero_stage):
     """No weight changes, and the next update's gradient is that of its own samples."""
-    group = LearnerGroup(recipe(broken_policy, ranks=2, zero_stage=zero_stage, tokens_per_microbatch=64), UPDATES)
+    group = LearnerGroup(
+        recipe(broken_policy, ranks=2, zero_stage=zero_stage, tokens_per_microbatch=64), ReMax, UPDATES
+    )
     group.wait_until_ready()
     with pytest.raises(NonFiniteUpdateError, match="not finite: samples"):
         group.update(shards(trajectories(0)), batch(0))

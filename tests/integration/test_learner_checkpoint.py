@@ -10,6 +10,7 @@ import torch
 from test_learner import distance, recipe, save_policy, shards, trajectories
 from test_ppo import COMMON, IN_LOSS, batch, state_of_optimizers
 
+from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.recipe.schema import Recipe
 
@@ -29,7 +30,7 @@ def ppo(policy: Path, dtype: str = "float32", **learner) -> Recipe:
 
 
 def start(ours: Recipe) -> LearnerGroup:
-    group = LearnerGroup(ours, 2)
+    group = LearnerGroup(ours, algorithm_of(ours.learner), 2)
     group.wait_until_ready()
     return group
 

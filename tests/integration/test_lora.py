@@ -24,6 +24,7 @@ from test_learner import (
 )
 from transformers import AutoModelForCausalLM
 
+from c2f_ray.algorithms.remax import ReMax
 from c2f_ray.learner.group import LearnerGroup
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks cannot import this file
@@ -41,7 +42,9 @@ def policy(tmp_path_factory) -> Path:
 def run(request, cluster, policy, tmp_path_factory) -> SimpleNamespace:
     """UPDATES updates by two ranks, exported before and after them."""
     folder = tmp_path_factory.mktemp("run")
-    group = LearnerGroup(recipe(policy, ranks=2, zero_stage=request.param, tokens_per_microbatch=SMALL, lora=LORA), 3)
+    group = LearnerGroup(
+        recipe(policy, ranks=2, zero_stage=request.param, tokens_per_microbatch=SMALL, lora=LORA), ReMax, 3
+    )
     group.wait_until_ready()
     group.export(folder / "start", "{{ messages }}")
     run = SimpleNamespace(folder=folder, metrics=[])

@@ -21,6 +21,7 @@ from test_learner import (
 )
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
+from c2f_ray.algorithms.ppo import PPO
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.group import LearnerGroup
 
@@ -70,7 +71,7 @@ def learn(folders: SimpleNamespace, folder: Path, settings: dict, order: int = 1
     }  # fmt: skip
     ppo = {"algorithm": "ppo", "critic": critic, "optimizer": optimizer, "gpus_per_rank": 0, "timeout_s": 60}
     ours = type(remax).model_validate(remax.model_dump() | {"learner": ppo | COMMON | settings | learner})
-    group = LearnerGroup(ours, UPDATES)
+    group = LearnerGroup(ours, PPO, UPDATES)
     group.wait_until_ready()
     run = SimpleNamespace(metrics=[], folder=folder)
     for update in range(UPDATES):

@@ -20,6 +20,7 @@ from test_learner import (
 )
 from transformers import AutoModelForCausalLM
 
+from c2f_ray.algorithms.rejection_sampling import RejectionSampling
 from c2f_ray.data.trajectory import Trajectories
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.group import LearnerGroup
@@ -55,7 +56,7 @@ def with_a_duplicate() -> Trajectories:
 def run(cluster, tmp_path_factory) -> SimpleNamespace:
     """An update, then back to the start and the same update again."""
     run = SimpleNamespace(policy=save_policy(tmp_path_factory.mktemp("policy")), folder=tmp_path_factory.mktemp("sft"))
-    group = LearnerGroup(sft(run.policy), 3)
+    group = LearnerGroup(sft(run.policy), RejectionSampling, 3)
     group.wait_until_ready()
     (run.folder / "start").mkdir()
     group.save(run.folder / "start")

@@ -7,7 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from c2f_ray.driver.length import LengthInputs, LengthState, observe, reward_spread, start
+from c2f_ray.driver.length import LengthInputs, LengthState, observe, start
+from c2f_ray.losses.baselines import reward_spread
 from c2f_ray.recipe.schema import FixedLength, LinearLength, LogisticLength
 
 LOGISTIC = LogisticLength(

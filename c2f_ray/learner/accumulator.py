@@ -1,4 +1,4 @@
-"""What one rank counts and times during an update, and what becomes of it over all ranks."""
+"""Accumulates what one rank counts and times during an update, and reduces it over all ranks."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from c2f_ray.learner.batching import MicroBatch, Samples
 
 
-class Tally:
+class MetricsAccumulator:
     """Named sums, maxima and seconds. Every rank must name the same ones in the same order."""
 
     def __init__(self, device: torch.device) -> None:
