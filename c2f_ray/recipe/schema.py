@@ -385,24 +385,11 @@ DEEPSPEED_KEYS = {
 }
 
 
-class ReMaxLearner(LearnerBase):
-    """ReMax (arXiv 2310.10505): one greedy rollout beside each sample, no critic."""
+class ReinforceLearner(LearnerBase):
+    """One policy gradient step from a single pass over the rollouts, with a KL penalty in the return."""
 
-    needs_greedy: ClassVar[bool] = True
-    baseline_metric: ClassVar[str | None] = "reward/greedy_mean"
-
-    algorithm: Literal["remax"]
-    kl_penalty: Literal["full_step", "one_step"] = "full_step"  # the model card's; the 2023 repository's
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.1
-    reward_clip: Positive = 1.0  # of the reward minus the greedy rollout's
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.1  # 0 drops the reference
     importance_clip: Annotated[float, Field(ge=1)] | None = None  # of each token's policy/sampler ratio; null: none
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0  # only `one_step` discounts
-
-    @model_validator(mode="after")
-    def _gamma_is_used(self) -> "ReMaxLearner":
-        if self.kl_penalty == "full_step" and self.gamma != 1:
-            raise ValueError(f"gamma {self.gamma} has no effect with kl_penalty full_step; leave it out")
-        return self
 
     @property
     def has_reference(self) -> bool:
@@ -412,6 +399,24 @@ class ReMaxLearner(LearnerBase):
     def passes(self, samples: int) -> list[Passes]:
         """Returns what an update does with the policy: one step from a single pass."""
         return [Passes("policy", int(self.has_reference), 1, 1)]
+
+
+class ReMaxLearner(ReinforceLearner):
+    """ReMax (arXiv 2310.10505): one greedy rollout beside each sample, no critic."""
+
+    needs_greedy: ClassVar[bool] = True
+    baseline_metric: ClassVar[str | None] = "reward/greedy_mean"
+
+    algorithm: Literal["remax"]
+    kl_penalty: Literal["full_step", "one_step"] = "full_step"  # the model card's; the 2023 repository's
+    reward_clip: Positive = 1.0  # of the reward minus the greedy rollout's
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0  # only `one_step` discounts
+
+    @model_validator(mode="after")
+    def _gamma_is_used(self) -> "ReMaxLearner":
+        if self.kl_penalty == "full_step" and self.gamma != 1:
+            raise ValueError(f"gamma {self.gamma} has no effect with kl_penalty full_step; leave it out")
+        return self
 
 
 class Critic(Section):

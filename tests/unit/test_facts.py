@@ -8,7 +8,7 @@ import pytest
 
 from c2f_ray.recipe import load_recipe
 from c2f_ray.recipe.roles import named_models, needs_of, scorers, train_roles
-from c2f_ray.recipe.schema import Learner, Passes, Recipe
+from c2f_ray.recipe.schema import Learner, LearnerBase, Passes, Recipe
 
 PACKAGE = Path(__file__).parents[2] / "c2f_ray"
 # The sections of which there are several kinds.
@@ -75,7 +75,7 @@ def test_every_algorithm_says_what_an_update_does():
 
 @pytest.mark.parametrize("learner", get_args(get_args(Learner)[0]))
 def test_no_algorithm_is_without_an_answer(learner: Any):
-    assert learner.passes is not learner.__base__.passes
+    assert learner.passes is not LearnerBase.passes
 
 
 def test_who_runs_and_what_scores_are_one_table():
