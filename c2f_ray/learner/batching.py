@@ -29,7 +29,8 @@ class UpdateBatch:
 
     sample_id: Int64  # [N]
     reward: NDArray[np.float32]  # [N]
-    baseline: NDArray[np.float32] | None  # [N] reward of the same prompt's greedy rollout; None without such rollouts
+    baseline: NDArray[np.float32] | None  # [N] what each reward is compared with; None where there is no baseline
+    scale: NDArray[np.float32] | None = None  # [N] what the difference is divided by; None for 1
 
 
 def split_by_tokens(lengths: Int64, num_ranks: int) -> list[Int64]:

@@ -182,4 +182,5 @@ def _in_order(batch: UpdateBatch, samples: Samples) -> UpdateBatch:
     finite = np.isfinite(reward if baseline is None else reward - baseline)
     if not finite.all():
         raise NonFiniteUpdateError(f"rewards are not finite: {name(samples.sample_id[~finite])}")
-    return UpdateBatch(samples.sample_id, reward, baseline)
+    scale = None if batch.scale is None else batch.scale[order]
+    return UpdateBatch(samples.sample_id, reward, baseline, scale)

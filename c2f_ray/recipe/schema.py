@@ -419,6 +419,17 @@ class ReMaxLearner(ReinforceLearner):
         return self
 
 
+class GroupBaselineLearner(ReinforceLearner):
+    """Policy gradients whose baseline is the reward of the same draw's other samples: no critic, no greedy rollout."""
+
+    min_samples_per_prompt: ClassVar[int] = 2
+    baseline_metric: ClassVar[str | None] = "reward/baseline_mean"
+
+    algorithm: Literal["group_baseline"]
+    # RLOO, arXiv 2402.14740, section 3.3; GRPO's mean, arXiv 2402.03300, equation 3; and that over the deviation
+    baseline: Literal["leave_one_out", "mean", "mean_and_deviation"] = "leave_one_out"
+
+
 class Critic(Section):
     """A value head on a transformer. The head is the reward model's where there is one, and zero otherwise."""
 
@@ -525,7 +536,9 @@ class RejectionSamplingLearner(LearnerBase):
         return [Passes("policy", 0, self.epochs, self.epochs * ceil(samples / self.responses_per_update))]
 
 
-Learner = Annotated[ReMaxLearner | PPOLearner | RejectionSamplingLearner, Field(discriminator="algorithm")]
+Learner = Annotated[
+    ReMaxLearner | PPOLearner | GroupBaselineLearner | RejectionSamplingLearner, Field(discriminator="algorithm")
+]
 
 
 class Checkpoints(Section):

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "c2f_ray"
 # The sections of which there are several kinds.
 KINDS = {
     "ReMaxLearner", "PPOLearner", "RejectionSamplingLearner", "UltraRMReward", "LogRatioReward", "FunctionReward",
+    "GroupBaselineLearner",
     "SumReward", "FixedLength", "LinearLength", "LogisticLength",
 }  # fmt: skip
 # Who may tell them apart: the validators, the registries, and what checks one kind's own settings.

@@ -63,7 +63,8 @@ def test_recipes_are_checked_without_torch():
         ),
         (
             "learner.algorithm=remx",
-            "learner.algorithm: 'remx' is not one of remax, ppo, rejection_sampling; did you mean remax?",
+            "learner.algorithm: 'remx' is not one of remax, ppo, group_baseline, rejection_sampling; "
+            "did you mean remax?",
         ),
         ("evaluate.win_rate={prompts: a.jsonl}", "evaluate: win_rate: give a judge"),
         (
