@@ -144,7 +144,8 @@ class RewardPool:
             busy = [worker for worker in self.workers if worker.calls]
             deadline = min(self._deadline(worker) for worker in busy)
             self._take_answers(self._asked(), max(0.0, deadline - time.monotonic()))
-            for worker in busy:
+            # Of those that are there now: an answer may have told that one died, and it was replaced.
+            for worker in list(self.workers):
                 if worker.calls and self._deadline(worker) <= time.monotonic():
                     self._replace(worker, f"it gave no answer for {self.timeout_s:g} s")
 
@@ -152,7 +153,8 @@ class RewardPool:
         return worker.heard_at + self.timeout_s + (0 if self._is_ready(worker) else self.start_timeout_s)
 
     def _is_ready(self, worker: _Worker) -> bool:
-        worker.is_ready = worker.is_ready or bool(ray.wait([worker.started], timeout=0)[0])
+        if not worker.is_ready and ray.wait([worker.started], timeout=0)[0]:
+            worker.is_ready, worker.heard_at = True, time.monotonic()  # its start does not count as silence
         return worker.is_ready
 
     def _call(self, scoring: Scoring, rows: list[int], attempts: int, before: _Worker | None) -> None:

@@ -27,9 +27,10 @@ Plan = dict[tuple[int, str], list[str]]  # (step, event) to the roles of which o
 
 
 class Monkey:
-    def __init__(self, plan: Plan, sent: int = signal.SIGKILL) -> None:
+    def __init__(self, plan: Plan, hang: Plan | None = None) -> None:
+        """Kills as ``plan`` says, and stops as ``hang`` says: such a process neither ends nor answers."""
         self.plan = plan
-        self.sent = sent
+        self.hang = hang or {}
         self.step = 0
         self.killed: list[tuple[int, str, str]] = []
         self.pids: dict[str, list[int]] = {}
@@ -43,9 +44,10 @@ class Monkey:
         self.pids[role] = pids
 
     def happens(self, event: str) -> None:
-        for role in self.plan.pop((self.step, event), []):
-            self.killed.append((self.step, event, role))
-            os.kill(os.getpid() if role == "driver" else self.pids[role][-1], self.sent)
+        for plan, sent in ((self.plan, signal.SIGKILL), (self.hang, signal.SIGSTOP)):
+            for role in plan.pop((self.step, event), []):
+                self.killed.append((self.step, event, role))
+                os.kill(os.getpid() if role == "driver" else self.pids[role][-1], sent)
 
     @contextmanager
     def about(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from c2f_ray.recipe.location import TINY_DATA
 from c2f_ray.tiny.manifest import differences
-from tests.documented import ROOT
+from tests.documented import ROOT, documented
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,18 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_steps_from_the_wheel_in_a_folder_that_is_no_checkout(python: Path, tmp_path: Path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     where = [str(python), "-c", "import c2f_ray; print(c2f_ray.__file__)"]
-    package = Path(
-        subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
-    ).parent
+    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    package = Path(found.stdout.strip()).parent
     assert python.parents[1] in package.parents, "not this checkout's"
     assert differences(package / "tiny" / "data") == []
-    command = ["-m", "c2f_ray", "train", "tiny", "run.steps=2", "prompts.per_step=8", "length.max_tokens=20"]
+    command = [
+        "-m",
+        "c2f_ray",
+        *documented("c2f-ray train tiny"),
+        "run.steps=2",
+        "prompts.per_step=8",
+        "length.max_tokens=20",
+    ]
     done = subprocess.run(
         [str(python), *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

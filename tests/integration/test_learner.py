@@ -41,7 +41,7 @@ def recipe(policy: Path, **learner) -> Recipe:
     }  # fmt: skip
     remax = {
         "algorithm": "remax", "kl_coefficient": KL, "reward_clip": CLIP, "importance_clip": IMPORTANCE_CLIP,
-        "gpus_per_rank": 0, "timeout_s": 60,
+        "gpus_per_rank": 0, "timeout_s": 1800,
     }  # fmt: skip
     return Recipe.model_validate(
         {

@@ -23,7 +23,7 @@ def ppo(policy: Path, dtype: str = "float32", **learner) -> Recipe:
     optimizer = remax.learner.optimizer.model_dump()
     settings = {
         "algorithm": "ppo", "critic": {"model": "policy", "optimizer": optimizer}, "optimizer": optimizer,
-        "gpus_per_rank": 0, "timeout_s": 60,
+        "gpus_per_rank": 0, "timeout_s": 1800,
     } | COMMON | IN_LOSS | learner  # fmt: skip
     whole = remax.model_dump() | {"learner": settings}
     return Recipe.model_validate(whole | {"policy": whole["policy"] | {"dtype": dtype}})

@@ -69,7 +69,7 @@ def test_results_are_those_of_a_plain_forward_and_are_not_computed_twice(
     world: Path, cluster: None, tmp_path: Path, questions: list[dict]
 ):
     tasks = [GeneralTask(name="digits")]
-    settings = LmEval(tasks=tasks, include_path=str(tmp_path / "tasks"), timeout_s=240)
+    settings = LmEval(tasks=tasks, include_path=str(tmp_path / "tasks"), timeout_s=1800)
     check_tasks(settings)
     prompts = PromptSet([], [], [], Ragged.from_rows([], int), 0)
     candidates = [Candidate("instruct", str(world / "instruct"), "", prompts, fine=False)]

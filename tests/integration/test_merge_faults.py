@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def one_free_cpu(cluster: None) -> Iterator[None]:
     """Tasks run one after the other, so that a kill meets some before, in and after their work."""
     group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"] - 1}])
-    ray.get(group.ready(), timeout=60)
+    ray.get(group.ready(), timeout=1800)
     yield
     ray.util.remove_placement_group(group)
 

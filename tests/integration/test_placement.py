@@ -25,7 +25,7 @@ def test_each_actor_has_a_bundle_and_the_room_is_given_back(cluster: None):
         assert (table["strategy"], table["bundles"]) == ("SPREAD", {number: {"CPU": 1.0} for number in range(3)})
         actors = [Somewhere.options(**placement.options("rollout", n)).remote() for n in range(2)]
         actors.append(Somewhere.options(**placement.options("learner", 0)).remote())
-        found = ray.get([actor.group.remote() for actor in actors], timeout=60)
+        found = ray.get([actor.group.remote() for actor in actors], timeout=1800)
         assert set(found) == {placement.group.id.hex()}
     for _ in range(100):
         if placement_group_table(placement.group)["state"] == "REMOVED":
@@ -34,7 +34,7 @@ def test_each_actor_has_a_bundle_and_the_room_is_given_back(cluster: None):
     assert placement_group_table(placement.group)["state"] == "REMOVED"
     with pytest.raises(RayActorError):  # Ray ends the actors soon after, not at once
         for _ in range(100):
-            ray.get(actors[0].group.remote(), timeout=60)
+            ray.get(actors[0].group.remote(), timeout=1800)
             time.sleep(0.1)
     assert ANYWHERE.options("rollout", 7) == {}
 

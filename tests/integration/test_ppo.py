@@ -69,7 +69,7 @@ def learn(folders: SimpleNamespace, folder: Path, settings: dict, order: int = 1
         "model": str(folders.reward) if settings is IN_LOSS else "policy", "warmup_steps": WARMUP,
         "optimizer": optimizer | {"lr": CRITIC_LR},
     }  # fmt: skip
-    ppo = {"algorithm": "ppo", "critic": critic, "optimizer": optimizer, "gpus_per_rank": 0, "timeout_s": 60}
+    ppo = {"algorithm": "ppo", "critic": critic, "optimizer": optimizer, "gpus_per_rank": 0, "timeout_s": 1800}
     ours = type(remax).model_validate(remax.model_dump() | {"learner": ppo | COMMON | settings | learner})
     group = LearnerGroup(ours, PPO, UPDATES)
     group.wait_until_ready()

@@ -18,20 +18,21 @@ from c2f_ray.reward.rewards import Rewards
 from c2f_ray.reward.samples import Sample
 from c2f_ray.reward.ultrarm import UltraRMScorer, load_ultrarm, render_ultrarm
 from c2f_ray.reward.worker import RewardWorker
+from tests.tolerances import SCORE
 
 PROMPT = "b=c,a=2,f=e,e=a,c=3,d=f,b?"
 RESPONSES = ["so 3", "b=c\nc=3\nso 3", "b=c\nc=3\nso 3\ncheck\nb=c\nc=3\nso 3\n" * 5, "so 2\n"]
 
 
 def settings(world: Path, **changes) -> UltraRMReward:
-    values = {"gpus_per_worker": 0, "dtype": "float32", "tokens_per_batch": 256, "max_tokens": 256, "timeout_s": 60.0}
+    values = {"gpus_per_worker": 0, "dtype": "float32", "tokens_per_batch": 256, "max_tokens": 256, "timeout_s": 1800.0}
     return UltraRMReward(kind="ultrarm", model=str(world / "reward"), **{**values, **changes})
 
 
 def direct_score(folder: Path, text: str, eos: bool) -> float:
     """UltraRM by its definition: the head on the final-normed hidden state of the last token, one text at a time."""
-    weights = load_file(folder / "model.safetensors")
-    model = LlamaModel(LlamaConfig.from_pretrained(folder)).eval()
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    model = LlamaModel(LlamaConfig.from_pretrained(folder, dtype=torch.float32)).float().eval()
     model.load_state_dict({key.removeprefix("model."): w for key, w in weights.items() if key.startswith("model.")})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * eos
@@ -81,8 +82,8 @@ def test_scores_equal_a_direct_forward(world: Path, cluster: None):
     scored = rewards.collect(asked)
     rewards.close()
     penalty = 0.5 * ~np.array(finished)
-    np.testing.assert_allclose(scored[0].rewards, expected - penalty, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(scored[1].rewards, expected[2:3], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(scored[0].rewards, expected - penalty, atol=SCORE, rtol=0)
+    np.testing.assert_allclose(scored[1].rewards, expected[2:3], atol=SCORE, rtol=0)
 
 
 @pytest.mark.parametrize("append_eos", ["finished", "always", "never"])
@@ -97,13 +98,13 @@ def test_one_and_many_padded_left_and_right(world: Path, append_eos: str):
     scorer = UltraRMScorer(settings(world, append_eos=append_eos))
     messages = [{"role": "user", "content": PROMPT}]
     encoded = [scorer.encode(Sample(messages, text, end, {})) for text, end in zip(RESPONSES, finished, strict=True)]
-    np.testing.assert_allclose(scorer.score(encoded), expected, atol=1e-6, rtol=0)
-    np.testing.assert_allclose([scorer.score([one])[0] for one in encoded], expected, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(scorer.score(encoded), expected, atol=SCORE, rtol=0)
+    np.testing.assert_allclose([scorer.score([one])[0] for one in encoded], expected, atol=SCORE, rtol=0)
     longest = max(len(one.ids) for one in encoded)
     ids = torch.tensor([[0] * (longest - len(one.ids)) + one.ids for one in encoded])
     mask = torch.tensor([[0] * (longest - len(one.ids)) + [1] * len(one.ids) for one in encoded])
     with torch.no_grad():
-        np.testing.assert_allclose(scorer.model(ids, mask), expected, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(scorer.model(ids, mask), expected, atol=SCORE, rtol=0)
 
 
 def test_no_special_token_leaks_into_the_conversation(world: Path, tmp_path: Path):
@@ -120,7 +121,7 @@ def test_no_special_token_leaks_into_the_conversation(world: Path, tmp_path: Pat
     scores, causes = worker.score(Trajectories(info, *[response] * 4), [0])
     assert causes == {}
     assert scores[0] == pytest.approx(
-        direct_score(world / "reward", f"Human: {PROMPT}\nAssistant: so 3", True), abs=1e-6
+        direct_score(world / "reward", f"Human: {PROMPT}\nAssistant: so 3", True), abs=SCORE
     )
     spelled = UltraRMScorer(settings(world)).encode(
         Sample([{"role": "user", "content": "b?"}], "so 3</s>so 2<s>", False, {})
@@ -138,7 +139,7 @@ def fake_slow_rollouts():
 def test_scores_are_ready_when_the_last_rollout_is(cluster: None):
     """Scoring takes six seconds where rollouts take four: two workers keep up, nine tenths are there at the end."""
     reward = FunctionReward(
-        kind="function", function="tests.integration.faulty_rewards:slow", workers=2, timeout_s=30.0
+        kind="function", function="tests.integration.faulty_rewards:slow", workers=2, timeout_s=1800.0
     )
     rewards = Rewards(reward, Cluster(), "", ray.put(None))
     rewards.wait_until_ready()

@@ -35,7 +35,7 @@ def sft(policy: Path) -> Recipe:
     learner = {
         "algorithm": "rejection_sampling", "restart_from": "start", "epochs": EPOCHS,
         "responses_per_update": PER_UPDATE, "optimizer": whole["learner"]["optimizer"], "gpus_per_rank": 0, "ranks": 2,
-        "timeout_s": 60,
+        "timeout_s": 1800,
     }  # fmt: skip
     whole["prompts"] |= {"per_step": 8}
     whole["rollout"] |= {"samples_per_prompt": 2}

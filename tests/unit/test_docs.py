@@ -27,6 +27,7 @@ COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands
 SYNOPSIS = re.compile(r"RECIPE|RUN|PATH|\[key=value|\.\.\.")
 NEEDS = re.compile(
     r"(a|\d+) GPUs? of \d+ GB|\d+ GB of (disk|memory)|on the cluster|in a cloud|AWS|Kube|half an hour on 2 cores"
+    "|and runs all tests"
 )
 GPU_RECIPES = ("mistral_7b_remax", "mistral_c2f", "merlinite_7b_pt")
 
@@ -43,7 +44,7 @@ def test_every_command_is_run_by_a_test_or_says_what_hardware_it_needs():
     assert run <= shown
     assert shown - run == set()
     # e2e/test_chain.py runs what the Makefile does for `make demo`.
-    assert "\ndemo: $(INSTALLED)\n\t$(BIN)/c2f-ray demo\n" in (ROOT / "Makefile").read_text()
+    assert "\ndemo: $(INSTALLED)\n\t@$(BIN)/c2f-ray demo $(ARGS)\n" in (ROOT / "Makefile").read_text()
 
 
 def test_the_two_commands_before_all_others(tmp_path):

@@ -56,7 +56,7 @@ def test_calls_share_batches_and_wait_no_longer_than_told():
     last = threading.Thread(target=lambda: found.update({3: batcher.score([row(3)])}))
     last.start()
     for call in [*calls, last]:
-        call.join(timeout=10)
+        call.join(timeout=600)
     assert found == {1: [10.0, 9.0], 2: [10.0, 10.0], 3: [3.0]}
     assert sizes == [4, 1], "the rows that fit, of both calls, and then the rest"
     quick = Batcher(forward, max_tokens=10**6, max_wait_s=0.05, across_calls=True)
@@ -78,7 +78,7 @@ def test_without_sharing_a_batch_has_rows_of_one_call():
         call.start()
     release.set()
     for call in calls:
-        call.join(timeout=10)
+        call.join(timeout=600)
     assert sorted(seen) == [[1, 1], [2, 2], [3, 3]]
 
 
