@@ -2,14 +2,26 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from c2f_ray.errors import C2FError, RecipeError, StoppedError
 from c2f_ray.recipe import Recipe, load_recipe
+from c2f_ray.runtime.signals import Stopping
+
+
+class _Commands(typer.core.TyperGroup):
+    """Ends every command with StoppedError when a signal comes, wherever it is."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with Stopping():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Train a coarse actor by RL, merge it into fine actors, evaluate them all.",
     no_args_is_help=True,
     add_completion=False,
@@ -197,7 +209,7 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
 def main() -> None:
     """Runs the command line. Bad input ends with exit code 2, other known errors with 1, each in a few plain lines.
 
-    A run that a signal stopped ends with 128 + its number: 143 for SIGTERM, 130 for SIGINT.
+    A command that a signal stopped ends with 128 + its number: 143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP.
     """
     try:
         app()

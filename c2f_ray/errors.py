@@ -62,11 +62,11 @@ class NonFiniteUpdateError(C2FError, ArithmeticError):
 
 
 class StoppedError(C2FError):
-    """A signal stopped a run, which left a checkpoint of its last whole step. The exit code is 128 + the signal."""
+    """A signal stopped a command; a run left a checkpoint of its last whole step. The exit code is 128 + the signal."""
 
     def __init__(self, signal: Signals) -> None:
         super().__init__(signal)
         self.signal = signal
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal.name}"
+        return f"stopped by {self.signal.name}; run the same command again"

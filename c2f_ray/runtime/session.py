@@ -14,6 +14,7 @@ from ray._private import ray_constants, services
 from c2f_ray.errors import RecipeError
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import Needs, Role, needs_of
+from c2f_ray.runtime.signals import Stopping
 
 PROBE_S = 5.0
 SPARE_CPUS = 2  # for tasks, such as merging
@@ -39,7 +40,8 @@ def ray_session(recipe: Recipe, roles: list[Role], address: str | None = None) -
                 f"run.folder: {recipe.run.folder}: the cluster has {len(nodes)} nodes, each with its own working "
                 "directory; give the absolute path of a folder that all of them see"
             )
-        yield
+        with Stopping():  # Ray has put a handler of its own in place of ours
+            yield
     finally:
         if started:
             ray.shutdown()

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT, which `ray job stop`, Slurm and Ctrl-C send, end a run without losing a step that was done."""
+"""Signals that end a command without losing a step that was done.
+
+`ray job stop` and Slurm send SIGTERM, Ctrl-C sends SIGINT, and a terminal that is closed sends SIGHUP.
+"""
 
 import signal
 import threading
@@ -21,7 +24,7 @@ class Stopping:
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

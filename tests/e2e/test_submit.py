@@ -208,7 +208,7 @@ def test_submitted_followed_stopped_and_gone_on_with(
     lines = log.splitlines()
     assert sum(line.startswith("step ") for line in lines) == 2, log
     assert "stopped after step 2 of 4; the same command goes on from there" in lines, log
-    assert "stopped by SIGTERM" in lines, log
+    assert "stopped by SIGTERM; run the same command again" in lines, log
     assert (folder / "seen").read_text() == "WARN true", "what runtime_env.yaml sets reaches the reward worker"
     run = folder / "runs/submitted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
@@ -263,7 +263,10 @@ def test_a_run_of_its_own_listens_on_loopback_alone_and_ends_with_sigterm_in_a_c
         kill([process])
     assert len(listening) >= 4
     assert {name for name, ip in listening if ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set()
-    assert "stopped after step 2 of 4; the same command goes on from there\nstopped by SIGTERM\n" in out.read_text()
+    assert (
+        "stopped after step 2 of 4; the same command goes on from there\nstopped by SIGTERM; run the same command again\n"
+        in out.read_text()
+    )
     state = json.loads((folder / "runs/local/checkpoints/step_000002/state.json").read_text())["run"]
     assert (state["step"], state["position"]) == (2, 8), "the third step's prompts are to be drawn again"
     refuse_secrets("none planted", out.read_text(), folders=(folder / "runs/local",))

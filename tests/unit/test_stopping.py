@@ -54,6 +54,12 @@ def test_a_second_term_does_not_disturb_the_last_checkpoint_and_a_second_ctrl_c_
     assert stopped.value.signal == signal.SIGINT
 
 
+def test_a_closed_terminal_stops_a_run_too():
+    with pytest.raises(StoppedError, match="stopped by SIGHUP; run the same command again"), Stopping():
+        os.kill(os.getpid(), signal.SIGHUP)
+        signal.pause()
+
+
 def test_other_errors_and_calm_runs_pass_through():
     with pytest.raises(ValueError, match="its own"), Stopping() as stopping:
         stopping.hold()
