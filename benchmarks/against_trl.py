@@ -44,6 +44,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from c2f_ray import load_recipe, train
 from c2f_ray.driver import loop as driver
+from c2f_ray.driver.training import Training
 from c2f_ray.tiny.settings import Settings
 from c2f_ray.watch.metrics import read_metrics
 
@@ -244,7 +245,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, numbers: int, starts: list[in
     return model
 
 
-class Timed(driver.Training):
+class Timed(Training):
     """Notes when each step ended, and what processor time all processes had used by then."""
 
     ends: ClassVar[list[tuple[float, float]]] = []

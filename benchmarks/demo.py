@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import torch
 
-from c2f_ray.demo import findings
+from c2f_ray.tiny.demo import findings
 from c2f_ray.watch.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -29,12 +29,12 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from c2f_ray import load_recipe, train
 from c2f_ray.data.trajectory import Ragged
-from c2f_ray.plan.fakes import FakeActors, FakeWork
-from c2f_ray.plan.simulate import run_on_fakes
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import scorers
 from c2f_ray.recipe.schema import Weights
 from c2f_ray.rollout.pool import RolloutPool
+from c2f_ray.simulate.fakes import FakeActors, FakeWork
+from c2f_ray.simulate.run import run_on_fakes
 from c2f_ray.tiny.tokenizer import policy_tokenizer
 from c2f_ray.watch.metrics import read_metrics
 from c2f_ray.weights.source import ModuleWeights

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from c2f_ray.threads import available_cores
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from c2f_ray import load_recipe, train
-from c2f_ray.threads import available_cores
 from c2f_ray.watch.metrics import read_metrics
 
 RESULT = Path(__file__).parent / "results" / "threads.json"

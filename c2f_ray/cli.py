@@ -39,7 +39,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Remove the run's folder fi
 @app.command()
 def demo(overrides: Overrides = None) -> None:
     """Run the whole chain on the CPU with the tiny models in the package: train, merge, evaluate, report."""
-    from c2f_ray.demo import run_demo
+    from c2f_ray.tiny.demo import run_demo
 
     run_demo(overrides or [])
 
@@ -134,8 +134,8 @@ def plan(
     if found.problems:
         sys.exit(1)
     if simulate:
-        from c2f_ray.plan.simulate import format_simulation
-        from c2f_ray.plan.simulate import simulate as run_simulation
+        from c2f_ray.simulate.run import format_simulation
+        from c2f_ray.simulate.run import simulate as run_simulation
 
         console.print(format_simulation(run_simulation(loaded, found, network)))
 

@@ -6,15 +6,16 @@ from c2f_ray.data.model_folder import absolute_folder
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Evaluate, OneReward, PPOLearner, Reward, SumReward, WinRate
+from c2f_ray.recipe.schema import Evaluate, WinRate
 
 
 def run_folder(recipe: Recipe) -> Path:
+    """Returns the run's folder."""
     return Path(recipe.run.folder) / recipe.run.name
 
 
 def evaluation_source(recipe: Recipe, key: str, settings: Evaluate | WinRate) -> PromptSource:
-    """Prompts that are read as those of training are."""
+    """Returns a source of prompts that are read as those of training are."""
     return PromptSource(
         key=key,
         source=settings.prompts,
@@ -28,26 +29,10 @@ def evaluation_source(recipe: Recipe, key: str, settings: Evaluate | WinRate) ->
 
 
 def with_absolute_folders(recipe: Recipe) -> Recipe:
-    """The recipe with its model folders as absolute paths: an actor's working directory need not be the driver's."""
+    """Returns the recipe with absolute model folders: an actor's working directory need not be the driver's."""
     policy = recipe.policy.model_copy(update={"model": absolute_folder(recipe.policy.model)})
-    reward: Reward = recipe.reward
-    if isinstance(reward, SumReward):
-        parts = {
-            name: part.model_copy(update={"reward": _with_absolute_models(part.reward)})
-            for name, part in reward.parts.items()
-        }
-        reward = reward.model_copy(update={"parts": parts})
-    else:
-        reward = _with_absolute_models(reward)
-    learner = recipe.learner
-    if isinstance(learner, PPOLearner) and learner.names_a_critic:
-        critic = learner.critic.model_copy(update={"model": absolute_folder(learner.critic.model)})
-        learner = learner.model_copy(update={"critic": critic})
+    reward, learner = recipe.reward.with_models(absolute_folder), recipe.learner.with_models(absolute_folder)
     return recipe.model_copy(update={"policy": policy, "reward": reward, "learner": learner})
-
-
-def _with_absolute_models(reward: OneReward) -> OneReward:
-    return reward.model_copy(update={field: absolute_folder(getattr(reward, field)) for field in reward.model_signs})
 
 
 def training_prompts(recipe: Recipe, template: str) -> PromptSet:

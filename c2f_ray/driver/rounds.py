@@ -12,8 +12,8 @@ from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.data.atomic import replacing
 from c2f_ray.driver import length as length_control
 from c2f_ray.driver.length import LengthDecision, LengthInputs
-from c2f_ray.driver.loop import Training
 from c2f_ray.driver.sampling import Rollouts
+from c2f_ray.driver.training import Training
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.losses.selection import best_of_draw
 from c2f_ray.recipe.schema import RejectionSamplingLearner

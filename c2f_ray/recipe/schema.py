@@ -4,10 +4,11 @@ Nothing here imports torch, so a recipe can be checked on any machine in well un
 Where no paper is named for a default, the default is ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -174,6 +175,10 @@ class RewardBase(Section):
         """Returns the GPUs of one worker."""
         return 0
 
+    def with_models(self, rename: Callable[[str], str]) -> Self:
+        """Returns the same reward with its models renamed."""
+        return self.model_copy(update={field: rename(getattr(self, field)) for field in self.model_signs})
+
     def named_parts(self) -> "dict[str, WeightedReward]":
         """Returns the rewards by name; one that stands alone is named by its kind."""
         return {self.kind: WeightedReward(weight=1.0, reward=self)}  # pyrefly: ignore
@@ -247,6 +252,14 @@ class SumReward(Section):
 
     is_sum: ClassVar[bool] = True
     generates: ClassVar[bool] = False
+
+    def with_models(self, rename: Callable[[str], str]) -> Self:
+        """Returns the same sum with the models of its parts renamed."""
+        parts = {
+            name: part.model_copy(update={"reward": part.reward.with_models(rename)})
+            for name, part in self.parts.items()
+        }
+        return self.model_copy(update={"parts": parts})
 
     def named_parts(self) -> dict[str, WeightedReward]:
         """Returns the rewards by name."""
@@ -339,6 +352,10 @@ class LearnerBase(Section):
     def critic_model(self, policy: str, reward: "Reward") -> str | None:
         """Returns the folder or hub name that the critic starts from; None without a critic."""
         return None
+
+    def with_models(self, rename: Callable[[str], str]) -> Self:
+        """Returns the same section with the models that it names renamed."""
+        return self
 
     def most_ranks(self, samples: int) -> int:
         """Returns the largest number of ranks that all have work in an update on so many samples."""
@@ -490,6 +507,12 @@ class PPOLearner(LearnerBase):
             assert isinstance(reward, UltraRMReward)  # the recipe is refused otherwise
             return reward.model
         return policy if self.critic.model == "policy" else self.critic.model
+
+    def with_models(self, rename: Callable[[str], str]) -> Self:
+        """Returns the same section with the critic's model renamed."""
+        if not self.names_a_critic:
+            return self
+        return self.model_copy(update={"critic": self.critic.model_copy(update={"model": rename(self.critic.model)})})
 
     def most_ranks(self, samples: int) -> int:
         """Returns the samples of a minibatch: each rank needs one."""

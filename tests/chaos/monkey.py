@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from c2f_ray.driver import loop as driver
+from c2f_ray.driver import training as driver
 from c2f_ray.learner.group import Asked, LearnerGroup
 from c2f_ray.reward import rewards
 from c2f_ray.reward.pool import RewardPool, Scoring

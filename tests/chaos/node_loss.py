@@ -10,7 +10,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from c2f_ray import load_recipe, train
-from c2f_ray.driver import loop as driver
+from c2f_ray.driver import training as driver
 from c2f_ray.rollout.pool import RolloutPool
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"

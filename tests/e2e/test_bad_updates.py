@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2f_ray.cli import app
-from c2f_ray.driver import loop as driver
+from c2f_ray.driver import training as driver
 from c2f_ray.errors import C2FError, NonFiniteUpdateError
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.watch.metrics import read_metrics

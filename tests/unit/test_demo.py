@@ -2,7 +2,7 @@
 
 import pytest
 
-from c2f_ray.demo import findings
+from c2f_ray.tiny.demo import findings
 
 
 def steps(rewards: list[float], limits: list[int], lengths: list[float]) -> list[dict[str, float | None]]:

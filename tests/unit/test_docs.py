@@ -126,14 +126,14 @@ def test_every_file_that_is_named_is_there(page: str):
 
 def written_metrics() -> set[str]:
     """The keys of metrics.jsonl: literals in the driver and the learner, and those that are put together."""
-    files = [ROOT / "c2f_ray" / name for name in ("driver.py", "rounds.py", "recipe/schema.py")]
-    trees = [ast.parse(path.read_text()) for path in (*files, *sorted((ROOT / "c2f_ray" / "learner").glob("*.py")))]
+    folders = ("driver", "algorithms", "learner", "recipe")
+    trees = [ast.parse(path.read_text()) for folder in folders for path in (ROOT / "c2f_ray" / folder).glob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     words = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     metric = re.compile(
         r"(prompts|reward|length|learner|critic|kl|logprob_gap|importance|selection|heldout|weights|time)/\w*[a-z]\w*"
     )
-    loop = "".join((ROOT / "c2f_ray" / name).read_text() for name in ("driver.py", "sampling.py"))
+    loop = "".join(path.read_text() for path in (ROOT / "c2f_ray" / "driver").glob("*.py"))
     stages = re.findall(r'\.timed\("(\w+)"', loop)
     return (
         {word for word in words if metric.fullmatch(word)}

@@ -9,8 +9,8 @@ from c2f_ray.data.trajectory import TrajectoryInfo
 from c2f_ray.driver import length as length_control
 from c2f_ray.driver import loop as driver
 from c2f_ray.driver.length import LengthDecision, LengthState
-from c2f_ray.driver.loop import Training
 from c2f_ray.driver.sampling import Rollouts
+from c2f_ray.driver.training import Training, first_state
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.recipe import load_recipe
 from c2f_ray.recipe.schema import FunctionReward
@@ -80,7 +80,7 @@ def test_a_new_length_rule(monkeypatch):
 
     monkeypatch.setattr(length_control, "observe", doubling)
     recipe = load_recipe(TINY)  # from 16 to 96 tokens
-    state = driver.first_state(recipe)
+    state = first_state(recipe)
     training = training_with(Training, recipe, state=state)
     batch = UpdateBatch(np.arange(2), np.array([1, 0], np.float32), np.zeros(2, np.float32))
     limits = []

@@ -26,7 +26,6 @@ from c2f_ray.driver.loop import training_of
 from c2f_ray.driver.sampling import Rollouts
 from c2f_ray.plan.clusters import CPU
 from c2f_ray.plan.estimate import Estimate
-from c2f_ray.plan.fakes import FakeActors, FakeWork
 from c2f_ray.plan.schedule import Step, num_rollouts, step
 from c2f_ray.plan.table import told_seconds
 from c2f_ray.recipe import Recipe
@@ -34,6 +33,7 @@ from c2f_ray.recipe.roles import scorers
 from c2f_ray.recipe.schema import FixedLength
 from c2f_ray.runtime.session import ray_session
 from c2f_ray.runtime.trace import Span, Timeline, read_trace, spans_of
+from c2f_ray.simulate.fakes import FakeActors, FakeWork
 from c2f_ray.watch.dashboard import timeline_table
 from c2f_ray.watch.metrics import MetricsLog
 from c2f_ray.watch.progress import Progress

@@ -1,0 +1,1 @@
+"""The real driver on fake actors that take the planned seconds."""
