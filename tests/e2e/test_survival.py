@@ -19,7 +19,7 @@ PLAN = {(1, "generation"): ["rollout"], (2, "transfer"): ["rollout"], (3, "scori
 PLAN |= {(4, "learning"): ["learner"]}
 # An engine and a rank that hang are as good as dead when their deadline is over. The rank's
 # death took a step back, so what is step 7 here is the run's fifth.
-HANG = {(2, "generation"): ["rollout"], (7, "learning"): ["learner"]}
+HANG = {(3, "generation"): ["rollout"], (7, "learning"): ["learner"]}
 DEADLINES = ["rollout.timeout_s=20", "learner.timeout_s=40"]
 FROM_THE_ENGINE = ("logprob_gap/", "importance/")  # in other company last bits differ
 
