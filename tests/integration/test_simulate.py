@@ -10,7 +10,6 @@ import ray
 from typer.testing import CliRunner
 
 from c2f_ray.cli import app
-from c2f_ray.plan import simulate as simulation
 from c2f_ray.plan.clusters import chosen_nodes
 from c2f_ray.plan.estimate import estimate
 from c2f_ray.recipe import Recipe, load_recipe
@@ -18,6 +17,7 @@ from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
+from c2f_ray.simulate import run as simulation
 from c2f_ray.simulate.fakes import FakeActors, FakeWork
 from c2f_ray.simulate.run import simulate
 from tests.documented import documented
