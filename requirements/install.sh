@@ -12,7 +12,7 @@ interrupted() {
         kill "$step" 2>/dev/null || true
         wait "$step" 2>/dev/null || true
     fi
-    echo "the installation was interrupted; run the same command again, it goes on from here" >&2
+    echo "the installation was interrupted; run the same command again" >&2
     exit "$1"
 }
 trap 'interrupted 129' HUP
@@ -29,6 +29,9 @@ run() {
 
 run "$python" -c 'import sys; sys.exit("c2f_ray needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
 echo "installing about 5 GB into .venv: some minutes"
+# What an interrupted installation left is not trusted: packages may lack files. Downloads are cached.
+[ -f .venv/.installed ] || rm -rf .venv
+rm -f .venv/.installed
 run "$python" -m venv .venv
 run .venv/bin/python -m pip install --quiet uv==0.13.8
 run .venv/bin/uv pip install --quiet --python .venv/bin/python --compile-bytecode "$@" \
