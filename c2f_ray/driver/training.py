@@ -152,6 +152,8 @@ class Training:
                 self.end()
                 done = True
             except StepLostError as error:
+                if self.learner_restarts_left == 0:
+                    raise
                 lost, self.unsaved = error, None
             except KeyboardInterrupt:
                 self.stop()
@@ -170,8 +172,6 @@ class Training:
 
     def restart_learner(self, lost: StepLostError, log: MetricsLog) -> None:
         """A new learner goes on from the newest checkpoint; engines and reward workers stay."""
-        if self.learner_restarts_left == 0:
-            raise lost
         self.learner_restarts_left -= 1
         self.ahead = None
         self.learner.close()

@@ -101,7 +101,9 @@ class FakeTraining(Training):
     def send_weights(self) -> None: ...
     def end(self) -> None: ...
     def restart_learner(self, *_: Any) -> None:
-        self.state.step, self.state.position = self.kept[-1]
+        self.learner_restarts_left -= 1
+        if self.kept:
+            self.state.step, self.state.position = self.kept[-1]
 
     def step(self) -> dict[str, Any]:
         self.state.position += 8
@@ -125,6 +127,21 @@ def run(happens: Any) -> tuple[list[tuple[int, int]], str]:
         training.progress = silent
         training.run(silent)
     return training.kept, notes[-1]
+
+
+def test_a_learner_that_is_lost_more_often_than_max_restarts_ends_the_run():
+    losses = []
+
+    def happens(at: str, now: int) -> None:
+        losses.append(now)
+        raise StepLostError("a rank died")
+
+    silent = SimpleNamespace(stage=lambda _: None, step=lambda _: None, note=lambda _: None, write=lambda _: None)
+    with pytest.raises(StepLostError, match="a rank died"), ExitStack() as stack:
+        training: Any = FakeTraining(stack, happens)
+        training.progress = silent
+        training.run(silent)
+    assert losses == [1, 1], "one restart is left at the start"
 
 
 @pytest.mark.parametrize(
