@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from c2f_ray.driver.training import Training, first_state
-from c2f_ray.errors import LearnerLostError, StoppedError
+from c2f_ray.errors import LearnerLostError, StepLostError, StoppedError
 from c2f_ray.recipe import load_recipe
 from c2f_ray.runtime.signals import Stopping
 
