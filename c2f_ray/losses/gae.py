@@ -59,11 +59,14 @@ def _exponentiate(discount: float, exponents: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, how: Whitening) -> Tensor:
-    """``(values - mean) / sqrt(variance + 1e-8)`` over all elements, of which there are two or more.
+    """Returns ``(values - mean) / sqrt(variance + 1e-8)`` over all elements, computed in float64; 0 for a single one.
 
     ``unbiased`` divides the variance by n - 1 (TRL, verl and NeMo do), ``biased`` by n (OpenRLHF does).
     """
     if how == "none":
         return values
-    variance, mean = torch.var_mean(values.double(), correction=1 if how == "unbiased" else 0)
-    return ((values - mean) * torch.rsqrt(variance + 1e-8)).to(values.dtype)
+    if values.numel() == 1:
+        return torch.zeros_like(values)
+    exact = values.double()  # a 0-dim mean would be rounded to the values' own dtype before the subtraction
+    variance, mean = torch.var_mean(exact, correction=1 if how == "unbiased" else 0)
+    return ((exact - mean) * torch.rsqrt(variance + 1e-8)).to(values.dtype)

@@ -12,6 +12,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 GAIN = 0.1  # arXiv 1909.08593, section 2.2: K_beta
 MAX_ERROR = 0.2  # the same
+MAX_K3 = 10.0  # nats of one token
 
 
 def estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator, clip: float) -> Tensor:
@@ -20,14 +21,15 @@ def estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator, clip: fl
     ``k1``: ``d``, unbiased, of either sign; ``k2``: ``d^2 / 2``, biased; ``k3``: ``exp(-d) - 1 + d``, unbiased and
     never negative. As a loss only their gradients count, and on the policy's own samples these are in expectation:
     zero for k1, the gradient of ``KL(pi || pi_ref)`` for k2, that of ``KL(pi_ref || pi)`` for k3.
-    ``d`` is clipped to +- ``clip`` first (ours): a single token at d = -30 would have a k3 of 1e13.
+    ``d`` is clipped to +- ``clip`` first (ours), and k3 is at most 10, as in verl and OpenRLHF: at d = -20 a single
+    token would have a k3 of 4.85e8, beside which the advantages of all others vanish.
     """
     d = (logprobs - reference).clamp(-clip, clip)
     if estimator == "k1":
         return d
     if estimator == "k2":
         return 0.5 * d * d
-    return torch.expm1(-d) + d
+    return (torch.expm1(-d) + d).clamp(max=MAX_K3)
 
 
 def next_coefficient(coefficient: float, kl: float, target: float) -> float:

@@ -33,6 +33,11 @@ def check_one_reward(key: str, reward: UltraRMReward | LogRatioReward | Function
         model = getattr(reward, field)
         config = check_model(f"{key}.{field}", model)
         context = getattr(config, "max_position_embeddings", reward.max_tokens)
+        if reward.append_eos != "never" and load_tokenizer(model).eos_token_id is None:
+            raise RecipeError(
+                f"{key}.append_eos: {reward.append_eos}: the tokenizer of {model} has no end-of-sequence token; set it "
+                "to never"
+            )
         # An engine generates one token more, which nobody reads.
         most = context - reward.generates
         if reward.max_tokens > most:

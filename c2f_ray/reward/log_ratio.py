@@ -13,7 +13,7 @@ from c2f_ray.data.templates import chat_template, render
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.engine import hardware_settings
 from c2f_ray.recipe.schema import LogRatioReward
-from c2f_ray.reward.samples import Encoded, Sample, appends_eos
+from c2f_ray.reward.samples import Encoded, Sample, appends_eos, cut_front
 
 
 class LogprobScorer:
@@ -82,5 +82,4 @@ def encode(reward: LogRatioReward, tokenizer: Any, template: str, sample: Sample
         ids = ids + tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if appends_eos(reward, sample):
         ids = [*ids, tokenizer.eos_token_id]
-    lost = max(0, len(ids) - reward.max_tokens)
-    return Encoded(ids[lost:], max(0, response_start - lost))
+    return cut_front(ids, response_start, reward.max_tokens, tokenizer.bos_token_id)

@@ -33,6 +33,14 @@ def appends_eos(reward: ModelReward, sample: Sample) -> bool:
     return reward.append_eos == "always" or (reward.append_eos == "finished" and sample.finished)
 
 
+def cut_front(ids: list[int], response_start: int, max_tokens: int, bos: int | None) -> Encoded:
+    """Returns the conversation's last ``max_tokens`` tokens; a beginning-of-sequence token at its start is kept."""
+    lost = max(0, len(ids) - max_tokens)
+    if lost and ids[0] == bos and max_tokens > 1:
+        return Encoded([ids[0], *ids[lost + 1 :]], max(1, response_start - lost))
+    return Encoded(ids[lost:], max(0, response_start - lost))
+
+
 def score_each(score: Callable[[list[T]], Sequence[Any]], items: list[T]) -> list[float | str]:
     """For each item its finite score, or the cause why it has none.
 

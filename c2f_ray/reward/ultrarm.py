@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from c2f_ray.data.prompts import Messages
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.recipe.schema import UltraRMReward
-from c2f_ray.reward.samples import Encoded, Sample, appends_eos
+from c2f_ray.reward.samples import Encoded, Sample, appends_eos, cut_front
 
 TURNS = {"user": "Human", "assistant": "Assistant"}
 
@@ -77,9 +77,11 @@ class UltraRMScorer:
         """No text is read as a special token: what a policy wrote can neither end nor begin a conversation."""
         text = render_ultrarm(sample.messages, sample.response, self.reward.separator)
         ids: list[int] = self.tokenizer(text, split_special_tokens=True)["input_ids"]
+        while ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers append one by themselves
+            ids.pop()
         if appends_eos(self.reward, sample):
             ids = [*ids, self.tokenizer.eos_token_id]
-        return Encoded(ids[-self.reward.max_tokens :], 0)
+        return cut_front(ids, 0, self.reward.max_tokens, self.tokenizer.bos_token_id)
 
     @torch.inference_mode()
     def score(self, conversations: list[Encoded]) -> list[float]:

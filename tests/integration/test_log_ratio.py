@@ -107,4 +107,4 @@ def test_what_is_scored_is_the_response_with_its_end(world: Path):
     assert spelled.ids[spelled.response_start :].count(tokenizer.eos_token_id) == 1, "only the one at the end"
     short = settings(world).model_copy(update={"max_tokens": 4})
     last = encode(short, tokenizer, template, SAMPLES[1])
-    assert (last.ids, last.response_start) == (encoded.ids[-4:], 0)
+    assert (last.ids, last.response_start) == ([encoded.ids[0], *encoded.ids[-3:]], 1), "the first token stays"

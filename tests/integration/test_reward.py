@@ -1,5 +1,7 @@
 """The UltraRM worker against a direct forward of the same checkpoint, written here anew."""
 
+import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,12 +10,15 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
+from c2f_ray.errors import RecipeError
 from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import Cluster, FunctionReward, UltraRMReward
+from c2f_ray.reward.check import check_reward
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.reward.samples import Sample
 from c2f_ray.reward.ultrarm import UltraRMScorer, load_ultrarm, render_ultrarm
@@ -204,3 +209,39 @@ def test_a_missing_key_is_named(world: Path, tmp_path: Path, key: str):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=key):
         load_ultrarm(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize(("append_eos", "count"), [("finished", 1), ("always", 1), ("never", 0)])
+def test_as_many_end_tokens_as_the_recipe_says_whatever_the_tokenizer_adds(
+    world: Path, tmp_path: Path, append_eos: str, count: int
+):
+    """A tokenizer whose post-processor appends an end-of-sequence token by itself; a cut keeps the first token."""
+    shutil.copytree(world / "reward", tmp_path / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(world / "reward")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(tmp_path / "reward")
+    assert AutoTokenizer.from_pretrained(tmp_path / "reward")("so 3")["input_ids"][-1] == 2
+    reward = settings(tmp_path, append_eos=append_eos)
+    sample = Sample([{"role": "user", "content": PROMPT}], "so 3", True, {})
+    encoded = UltraRMScorer(reward).encode(sample)
+    assert encoded.ids.count(2) == count
+    assert encoded.ids[0] == 1
+    cut = UltraRMScorer(reward.model_copy(update={"max_tokens": 6})).encode(sample)
+    assert cut.ids == [1, *encoded.ids[-5:]]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_before_the_start(world: Path, tmp_path: Path):
+    shutil.copytree(world / "reward", tmp_path / "reward")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = tmp_path / "reward" / name
+        if path.exists():
+            content = json.loads(path.read_text())
+            content.pop("eos_token", None)
+            path.write_text(json.dumps(content))
+    with pytest.raises(
+        RecipeError, match="reward.append_eos: finished: the tokenizer of .* has no end-of-sequence token"
+    ):
+        check_reward(settings(tmp_path))
+    check_reward(settings(tmp_path, append_eos="never"))

@@ -55,6 +55,17 @@ def test_more_padding_changes_nothing():
     assert not longer[:, 40:].any()
 
 
+def test_whitening_takes_the_mean_in_float64_and_gives_0_for_one_token():
+    """float32 values near 10,000 with a deviation of 0.01: a mean rounded to float32 would be off by up to 0.0005."""
+    values = 1e4 + 0.01 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whitened = gae.whiten(values, "unbiased").double()
+    exact = values.double()
+    expected = (exact - exact.mean()) / (exact.var() + 1e-8).sqrt()
+    torch.testing.assert_close(whitened, expected, rtol=1e-6, atol=1e-6)
+    assert gae.whiten(torch.tensor([3.0]), "unbiased").tolist() == [0.0]
+    assert gae.whiten(torch.tensor([3.0]), "biased").tolist() == [0.0]
+
+
 def test_whitening_by_hand():
     values = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)  # mean 3, squares 4 + 1 + 9 = 14
     assert gae.whiten(values, "none") is values

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from c2f_ray.losses import kl
+from c2f_ray.losses import gae, kl
 from c2f_ray.losses import policy as ppo
 from c2f_ray.losses.running import Moments
 
@@ -26,11 +26,23 @@ def column(i: int) -> torch.Tensor:
 
 
 def test_a_token_that_the_reference_rules_out_does_not_take_over():
-    """At d = -30 k3 would be e^30 - 31 = 1e13; clipped at 5 it is e^5 - 6, and has no gradient."""
+    """At d = -30 k3 would be e^30 - 31 = 1e13. With the log ratio clipped at 2 it is e^2 - 3; at most it is 10."""
     logprobs = torch.tensor([-40.0], requires_grad=True)
-    found = kl.estimate(logprobs, torch.tensor([-10.0]), "k3", 5.0)
-    assert float(found) == pytest.approx(math.exp(5) - 6)
+    found = kl.estimate(logprobs, torch.tensor([-10.0]), "k3", 2.0)
+    assert found.item() == pytest.approx(math.exp(2) - 3)
     assert torch.autograd.grad(found.sum(), logprobs)[0].item() == 0.0
+    assert kl.estimate(logprobs, torch.tensor([-10.0]), "k3", 20.0).item() == 10.0
+
+
+@pytest.mark.parametrize("d", [-8.0, -12.0, -20.0])
+def test_one_token_leaves_the_whitened_advantages_of_the_others_as_they_were(d: float):
+    """1,000 tokens with advantages of deviation 1, of which one has this log ratio, at a coefficient of 0.05."""
+    advantages = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    advantages = (advantages - advantages.mean()) / advantages.std()
+    logprobs = torch.zeros(1000)
+    logprobs[0] = d
+    penalised = advantages - 0.05 * kl.estimate(logprobs, torch.zeros(1000), "k3", 20.0)
+    assert gae.whiten(penalised, "unbiased")[1:].std().item() == pytest.approx(0.999, abs=2e-3)
 
 
 def test_policy_loss_by_hand():
