@@ -110,7 +110,7 @@ def load_reference(recipe: Recipe, policy: "TrainedModel") -> Reference | None:
     if not recipe.learner.has_reference:
         return None
     if recipe.learner.lora is not None:
-        from c2f_ray.learner.adapters import without_adapters
+        from c2f_ray.learner.lora import without_adapters
 
         return without_adapters(policy.engine)
     return engine.frozen(engine.load_policy(recipe.policy, recipe.learner), recipe.learner)

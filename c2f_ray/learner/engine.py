@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -20,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from c2f_ray.adapters.deepspeed import disable_shared_memory_collective
 from c2f_ray.learner.logprobs import ResponseLogprobs
 from c2f_ray.learner.packing import PACKED
 from c2f_ray.learner.schedule import lr_factor
@@ -40,15 +40,14 @@ def join_process_group(store: distributed.Store, rank: int, learner: LearnerBase
         world_size=learner.ranks,
         timeout=timedelta(seconds=timeout_s),
     )
-    # DeepSpeed's shared-memory collective would be built with a C++ compiler now; gloo does its work as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_collective()
     deepspeed.init_distributed()
 
 
 def load_policy(policy: Policy, learner: LearnerBase, *, entropy_gradient: bool = False) -> ResponseLogprobs:
     model = _load(AutoModelForCausalLM, policy.model, policy, learner)
     if learner.lora is not None:
-        from c2f_ray.learner.adapters import add_adapters
+        from c2f_ray.learner.lora import add_adapters
 
         add_adapters(model, learner.lora)
     return ResponseLogprobs(model, entropy_gradient=entropy_gradient)
@@ -120,8 +119,8 @@ class TrainedModel:
         self.own_norm = learner.zero_stage == 0 and module.model.dtype == torch.float32
 
     @property
-    def whole(self) -> Gather:
-        """What makes parameters whole on every rank, all ranks together: only ZeRO-3 cuts them."""
+    def gather(self) -> Gather:
+        """The context that gathers parameters on every rank, a collective; only ZeRO-3 partitions them."""
         return deepspeed.zero.GatheredParameters if self.engine.zero_optimization_stage() == 3 else no_gather
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

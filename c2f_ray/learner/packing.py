@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModel, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
+
+from c2f_ray.adapters.transformers import supports_other_attention
 
 PACKED = "packed"
 MAX_HEAD_SIZE = 256  # of flash attention
@@ -36,7 +38,7 @@ def obstacle(config: PreTrainedConfig) -> str | None:
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_size > MAX_HEAD_SIZE:
         return f"attention heads of {head_size}, more than {MAX_HEAD_SIZE},"
-    if not AutoModel._model_mapping[type(config)]._supports_attention_backend:
+    if not supports_other_attention(config):
         return "an attention that transformers does not let others replace"
     return None
 

@@ -95,7 +95,7 @@ class LearnerRank:
     def _weights(self) -> ModuleWeights:
         lora, dtype = self.learner.lora, getattr(torch, self.recipe.policy.dtype)
         scale = lora.alpha / lora.rank if lora is not None else 0.0
-        return ModuleWeights(self.policy.module.model, dtype, self.policy.whole, scale)
+        return ModuleWeights(self.policy.module.model, dtype, self.policy.gather, scale)
 
     def send_weights(self, version: int) -> None:
         """The rollout actors hold the policy as it is now, as ``version``, when this returns."""
@@ -160,10 +160,10 @@ class LearnerRank:
         """
         model, start = self.policy.module.model, self.recipe.policy.model
         if self.learner.lora is not None:
-            from c2f_ray.learner.adapters import save_adapters
+            from c2f_ray.learner.lora import save_adapters
 
             beside = folder.with_name(folder.name + "_adapter")
-            save_adapters(model, self.learner.lora, start, self.policy.whole, beside, write=self.rank == 0)
+            save_adapters(model, self.learner.lora, start, self.policy.gather, beside, write=self.rank == 0)
         if self.rank == 0:
             export(model, self._weights(), start, chat_template, folder)
         else:

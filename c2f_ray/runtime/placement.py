@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from c2f_ray.adapters.ray import available_resources_per_node
 from c2f_ray.errors import DeadlineError
 from c2f_ray.recipe.roles import Role
 from c2f_ray.recipe.schema import Cluster
@@ -73,8 +74,8 @@ def reserved(roles: list[Role], cluster: Cluster) -> Iterator[Placement]:
 
 
 def _free() -> str:
-    """What is free of what each node has, this node's job aside."""
-    free = ray._private.state.available_resources_per_node()
+    """Describes the free GPUs and CPUs of each node."""
+    free = available_resources_per_node()
     nodes = [
         ", ".join(
             f"{free.get(node['NodeID'], {}).get(name, 0):g} of {node['Resources'][name]:g} {name}"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services
 
+from c2f_ray.adapters.ray import address_of_this_node, loopback_only
 from c2f_ray.errors import RecipeError
 from c2f_ray.recipe import Recipe
 from c2f_ray.recipe.roles import Needs, Role, needs_of
@@ -54,7 +54,7 @@ def unreachable(address: str) -> str | None:
     where `auto` names none.
     """
     if address == "auto":
-        address = services.canonicalize_bootstrap_address("auto") or ""
+        address = address_of_this_node()
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     try:
         if colon:
@@ -82,12 +82,11 @@ def _connect(address: str | None, cpus: int) -> bool:
         except (ConnectionError, ValueError) as error:
             if address:
                 raise RecipeError(f"RAY_ADDRESS: {address}: no cluster answers there: {error}") from None
-    # As on macOS and Windows. Without it Ray takes 127.0.0.1 for a mistake, and the machine's address in its place.
-    ray_constants.ENABLE_RAY_CLUSTER = False
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    ray_constants.ENABLE_RAY_CLUSTER = True
+    settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    with loopback_only():
+        ray.init(address="local", num_cpus=cpus, **settings)
     return True
 
 

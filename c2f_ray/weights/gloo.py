@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cache
 from itertools import cycle
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch.distributed import BroadcastOptions, TCPStore
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -32,15 +33,16 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from c2f_ray.adapters.torch import gloo_group
 from c2f_ray.errors import DeadlineError, WeightMismatchError
 from c2f_ray.runtime.rendezvous import open_store
 
 
+@cache
 def register() -> None:
-    """Makes both halves known to vLLM. May be called again."""
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
-        WeightTransferTrainerFactory.register_engine("gloo", GlooSender)
+    """Registers both halves with vLLM, once in a process however often it is called."""
+    WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
+    WeightTransferTrainerFactory.register_engine("gloo", GlooSender)
 
 
 @dataclass(kw_only=True)
@@ -208,7 +210,6 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
 def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> Any:
     """The group of the sender and all engines. gloo listens on the interface that leads to the sender's store."""
     timeout = timedelta(seconds=info.timeout_s)
-    gloo: Any = ProcessGroupGloo  # its stubs lack most of it
     with _gloo_errors(f"the group of {info.world_size} at {info.master_address}:{info.master_port}"):
         if rank == 0:
             store = open_store(info.master_address, info.master_port, info.timeout_s)
@@ -217,10 +218,7 @@ def _join(info: GlooInitInfo | GlooTrainerInitInfo, rank: int) -> Any:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((info.master_address, info.master_port))
             address = probe.getsockname()[0]
-        options = gloo._Options()
-        options._timeout = timeout
-        options._devices = [gloo.create_device(hostname=address)]
-        return gloo(store, rank, info.world_size, options)
+        return gloo_group(store, rank, info.world_size, address, info.timeout_s)
 
 
 def _begin_broadcast(group: Any, buffer: Tensor, deadline: float, what: str) -> Callable[[], Tensor]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from c2f_ray.adapters.deepspeed import full_shape
+
 ADAPTED = ".base_layer."  # in PEFT's name of a weight that has an adapter
 Gather = Callable[[list[Parameter]], AbstractContextManager[object]]
 
@@ -51,9 +53,9 @@ class ModuleWeights:
         self.sums: list[Tensor] = []
 
     def metadata(self) -> list[TensorInfo]:
-        """The manifest. Gathers nothing: a ZeRO-3 parameter carries its full shape as `ds_shape`."""
+        """Returns the manifest. Gathers nothing."""
         return [
-            TensorInfo(_plain(name), self.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            TensorInfo(_plain(name), self.dtype, full_shape(parameter))
             for name, parameter in self.module.named_parameters()
             if not is_adapter(name)
         ]

@@ -123,13 +123,13 @@ def test_bfloat16_keeps_its_float32_masters(saved):
 
 
 def master_weights(rank) -> dict:
-    from c2f_ray.learner.checkpoint import _pieces, trainable
+    from c2f_ray.adapters.deepspeed import read_part
+    from c2f_ray.learner.checkpoint import trainable
 
     critic = rank.algorithm.critic
     return {
-        name: piece["weight"].detach().view(parameter.shape).clone()
+        name: read_part(critic.engine, parameter)[1]["weight"].detach().view(parameter.shape).clone()
         for name, parameter in trainable(critic)
-        for _, piece in _pieces(critic, parameter)
     }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray._private import services
 from typer.testing import CliRunner
 
+from c2f_ray import session
 from c2f_ray.cli import app
 from c2f_ray.doctor import broadcast, cluster, node
 from c2f_ray.recipe import load_recipe
@@ -200,7 +200,7 @@ def test_a_cluster_that_is_gone_but_whose_name_was_left_behind_is_not_waited_for
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         left = f"127.0.0.1:{closed.getsockname()[1]}"
-        monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda address: left)
+        monkeypatch.setattr(session, "address_of_this_node", lambda: left)
         assert str(unreachable("auto")).startswith(f"nothing answers at {left}: ")
         monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
