@@ -9,13 +9,13 @@ from typing import Any
 
 import ray
 
+from c2f_ray.adapters.vllm import engine_env
 from c2f_ray.data.atomic import replacing, write_text
 from c2f_ray.data.inputs import with_absolute_folders
 from c2f_ray.data.model_folder import absolute_folder
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.texts import Columns, text_rows, write_rows
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.engine import engine_env
 from c2f_ray.errors import BadRewardError
 from c2f_ray.evaluation.answers import (
     Server,

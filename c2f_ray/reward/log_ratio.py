@@ -9,9 +9,9 @@ scores is taken in the driver, in float64.
 import math
 from typing import Any
 
+from c2f_ray.adapters.vllm import build_llm, prompt_logprobs
 from c2f_ray.data.templates import chat_template, render
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.engine import hardware_settings
 from c2f_ray.recipe.schema import LogRatioReward
 from c2f_ray.reward.samples import Encoded, Sample, appends_eos, cut_front
 
@@ -20,41 +20,31 @@ class LogprobScorer:
     """`model` is one of the pair; both read the ids of the policy model's tokenizer and template."""
 
     def __init__(self, reward: LogRatioReward, model: str) -> None:
-        from vllm import LLM, SamplingParams
-
         self.reward = reward
         self.tokenizer = load_tokenizer(reward.policy_model)
         self.template = chat_template(reward.chat_template, self.tokenizer, "reward.chat_template")
         max_batched_tokens = max(reward.tokens_per_batch, reward.max_tokens + 1)
-        settings: dict[str, Any] = {
-            "max_num_batched_tokens": max_batched_tokens,
-            **hardware_settings(reward.gpus_per_worker, reward.memory, max_batched_tokens),
-        }
-        self.llm = LLM(
+        self.llm = build_llm(
             model,
+            reward.gpus_per_worker,
+            reward.memory,
+            max_batched_tokens,
             dtype=reward.dtype,
             max_model_len=reward.max_tokens + 1,  # an engine generates one token at least
+            max_num_batched_tokens=max_batched_tokens,
             enable_prefix_caching=False,  # a cached token has no logprob
-            seed=0,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            **settings,
-        )
-        self.params = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
         )
 
     def encode(self, sample: Sample) -> Encoded:
         return encode(self.reward, self.tokenizer, self.template, sample)
 
     def score(self, conversations: list[Encoded]) -> list[float]:
-        """Sum, or mean, of the response's logprobs, in nats."""
-        prompts: Any = [{"prompt_token_ids": encoded.ids} for encoded in conversations]
-        outputs: list[Any] = self.llm.generate(prompts, self.params, use_tqdm=False)
+        """Returns the sum, or the mean, of each response's logprobs, in nats."""
+        found = prompt_logprobs(self.llm, [encoded.ids for encoded in conversations])
         scores = []
-        for encoded, output in zip(conversations, outputs, strict=True):
+        for encoded, of_prompt in zip(conversations, found, strict=True):
             # The first token of all has no logprob, so the list begins with the second one's.
-            logprobs = output.prompt_logprobs.logprobs[max(0, encoded.response_start - 1) :]
+            logprobs = of_prompt[max(0, encoded.response_start - 1) :]
             total = math.fsum(logprobs)
             scores.append(total / max(1, len(logprobs)) if self.reward.aggregate == "mean" else total)
         return scores

@@ -13,8 +13,8 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from c2f_ray.adapters.vllm import engine_env
 from c2f_ray.data.trajectory import Int64
-from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError
 from c2f_ray.recipe.roles import Scorer
 from c2f_ray.recipe.schema import Cluster, ModelReward

@@ -1,38 +1,43 @@
-"""One rollout actor: a vLLM engine, token in and token out.
+"""One rollout actor: a vLLM engine, token ids in and token ids out.
 
 Invariants: an actor generates only with weights that have a version; the prefix cache never outlives the weights
-that filled it; with the same weights, a request's tokens depend on nothing but its prompt, its seed and its limit; a
-sample that goes on with other weights than it began with is prefilled anew by them.
+that filled it; with the same weights, a request's tokens depend only on its prompt, its seed and its limit; a sample
+that resumes with other weights is prefilled again by them.
+
+Ray runs the methods of the default concurrency group in one thread, which is not the constructor's, and `interrupt` in
+another. vLLM and torch keep settings per thread, so `ready` builds the engine, in the thread that will use it.
 """
 
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
-from ray.experimental.internal_kv import _internal_kv_exists
 
+from c2f_ray.adapters.vllm import (
+    Completion,
+    Requests,
+    abandon_update,
+    build_llm,
+    reload_from,
+    weight_transfer_config,
+)
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import C2FError, WeightMismatchError
 from c2f_ray.recipe.schema import Policy, Rollout
-from c2f_ray.rollout.engine import (
-    LoadFormat,
-    abandon_update,
-    build_engine,
-    interrupt,
-    parameters_checksum,
-    reload_from,
-    sampling_params,
-)
+from c2f_ray.weights.source import checksum
+from c2f_ray.weights.transfer import transfer_backend
+
+LoadFormat = Literal["dummy", "auto"]  # weights by a transfer, or from the model's folder
 
 NO_WEIGHTS = -1
-LOOK_EVERY_S = 0.2  # whether to stop
-INTERRUPTED = -1  # number of the shard with what was interrupted
+INTERRUPTED = -1  # number of the shard of interrupted samples
+CONCURRENCY_GROUPS = {"control": 1}  # Ray's option: a call in this group runs while the engine generates
 
 
 @dataclass(frozen=True)
@@ -65,40 +70,64 @@ class _Sample:
 
 
 class RolloutActor:
-    """`prompt_tokens` holds the int32 ids of all prompts; requests name rows of it."""
+    """`prompt_tokens` holds the int32 ids of all prompts; requests name rows of it.
+
+    It must be started with `CONCURRENCY_GROUPS`.
+    """
 
     def __init__(
         self, policy: Policy, rollout: Rollout, prompt_tokens: Ragged, max_model_tokens: int, load_format: LoadFormat
     ) -> None:
+        self.policy = policy
         self.rollout = rollout
         self.prompt_tokens = prompt_tokens
         self.max_model_tokens = max_model_tokens
-        self.llm = build_engine(policy, rollout, max_model_tokens, load_format)
+        self.load_format = load_format
+        self.llm: Any = None  # vllm.LLM, from `ready` on
+        self.interrupted_call = 0  # the last one that was interrupted; calls are numbered from 1
         self.weight_version = NO_WEIGHTS if load_format == "dummy" else 0
         self.transfer_open = False  # begun and not finished
 
     def ready(self) -> str:
-        """Answers once the engine is built: where it runs."""
+        """Builds the engine, unless it is there. Returns the node's address and the process."""
+        if self.llm is None:
+            gpus = self.rollout.gpus_per_actor
+            self.llm = build_llm(
+                self.policy.model,
+                gpus,
+                self.rollout.memory,
+                max(self.max_model_tokens, 8192),
+                dtype=self.policy.dtype,
+                load_format=self.load_format,
+                max_model_len=self.max_model_tokens,
+                max_num_seqs=self.rollout.max_num_seqs,
+                enable_prefix_caching=True,
+                weight_transfer_config=weight_transfer_config(transfer_backend(gpus)),
+            )
         return f"{ray.util.get_node_ip_address()}, process {os.getpid()}"
+
+    @ray.method(concurrency_group="control")
+    def interrupt(self, call: int) -> None:
+        """Ends the `generate` of this number, begun or not, and those of lower numbers."""
+        self.interrupted_call = max(self.interrupted_call, call)
 
     @ray.method(num_returns="streaming")
     def generate(
-        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool, stop_key: str | None = None
+        self, requests: list[RolloutRequest], max_tokens: int, ordered: bool, call: int | None = None
     ) -> Iterator[Trajectories | TrajectoryInfo]:
         """Yields each shard's `Trajectories` and then, as an object of its own, its `TrajectoryInfo`.
 
-        A shard is `rollout.shard_samples` trajectories (the last one fewer), handed over when all have finished.
-        `ordered`: a shard holds consecutive requests; otherwise those that finished one after the other. Once
-        `stop_key` is in Ray's key-value store, what is not finished is handed over as it is, in a shard of its own.
+        A shard has `rollout.shard_samples` trajectories (the last one fewer), and is yielded when all have finished.
+        `ordered`: a shard has consecutive requests; otherwise they are in the order in which they finished. Once
+        `interrupt` was called with `call` or a higher number, the unfinished samples are yielded as a shard of their
+        own.
         """
         self._check(requests, max_tokens)
-        engine: Any = self.llm.llm_engine
         samples = [self._begin(request) for request in requests]
         size = self.rollout.shard_samples
         shards: dict[int, list[int]] = defaultdict(list)  # positions that wait for others, by number of the shard
         done = 0
-        running: set[int] = set()
-        looked_at = time.monotonic()
+        engine = Requests(self.llm, interruptible=call is not None)
 
         def hand_over(number: int) -> Iterator[Trajectories | TrajectoryInfo]:
             shard = self._shard([samples[position] for position in sorted(shards.pop(number))])
@@ -116,34 +145,29 @@ class RolloutActor:
         try:
             for position, sample in enumerate(samples):
                 if sample.interrupted and len(sample.tokens) < max_tokens:
-                    engine.add_request(str(position), *self._rest_of(sample, max_tokens))
-                    running.add(position)
-            for position in sorted(set(range(len(samples))) - running):
+                    self._add_request(engine, position, max_tokens, sample)
+            for position in sorted(set(range(len(samples))) - set(engine.running)):
                 samples[position].interrupted = False
                 yield from finish(position)
-            while running:
-                results = engine.step()
-                if stop_key and time.monotonic() - looked_at > LOOK_EVERY_S:
-                    looked_at = time.monotonic()
-                    if _internal_kv_exists(stop_key):
-                        results += interrupt(self.llm)
-                for result in results:
-                    position = int(result.request_id)
-                    running.remove(position)
-                    self._add(samples[position], result.outputs[0])
-                    yield from finish(position)
+            while engine.running:
+                completions = engine.step()
+                if call is not None and call <= self.interrupted_call:
+                    completions += engine.interrupt()
+                for completion in completions:
+                    self._append(samples[completion.number], completion)
+                    yield from finish(completion.number)
             for number in sorted(shards):
                 yield from hand_over(number)
         finally:  # the caller is gone, or the engine failed: leave nothing for the next call
-            engine.abort_request([str(position) for position in running])
+            engine.abort()
 
     def _begin(self, request: RolloutRequest) -> _Sample:
-        """Where the request's sample is; at its start, too, where what there was of it is lost or cannot be fetched."""
+        """Restores a partial sample; starts over if it cannot be fetched."""
         sample = _Sample(request, [], [], [])
         if request.begun is not None:
             try:
                 shard: Trajectories = ray.get(request.begun.shard, timeout=self.rollout.timeout_s / 4)
-            except (RayActorError, ObjectLostError, GetTimeoutError):  # the rest of the time is for sampling it anew
+            except (RayActorError, ObjectLostError, GetTimeoutError):  # the rest of the time is for sampling it again
                 return sample
             row = request.begun.row
             parts = (shard.response, shard.sampler_logprobs, shard.token_version)
@@ -152,19 +176,24 @@ class RolloutActor:
             sample.interrupted = bool(shard.info.interrupted[row])
         return sample
 
-    def _rest_of(self, sample: _Sample, max_tokens: int) -> tuple[dict[str, list[int]], Any]:
-        """Prompt and sampling parameters."""
-        request, begun = sample.request, len(sample.tokens)
-        seed = (request.seed + begun) % 2**63  # or it would draw the same numbers as for its first tokens
-        params = sampling_params(self.rollout, seed, request.greedy, max_tokens - begun)
-        return {"prompt_token_ids": self.prompt_tokens[request.prompt_row].tolist() + sample.tokens}, params
+    def _add_request(self, engine: Requests, number: int, max_tokens: int, sample: _Sample) -> None:
+        """Asks the engine for the rest of a sample."""
+        request, done = sample.request, len(sample.tokens)
+        engine.add(
+            number,
+            self.prompt_tokens[request.prompt_row].tolist() + sample.tokens,
+            max_tokens - done,
+            temperature=0.0 if request.greedy else self.rollout.temperature,
+            top_p=1.0 if request.greedy else self.rollout.top_p,
+            seed=(request.seed + done) % 2**63,  # or it would draw the same numbers as for its first tokens
+        )
 
-    def _add(self, sample: _Sample, output: Any) -> None:
-        sample.tokens += output.token_ids
-        sample.logprobs += output.logprobs.logprobs
-        sample.versions += [self.weight_version] * len(output.token_ids)
-        sample.finished = output.finish_reason == "stop"
-        sample.interrupted = output.finish_reason == "abort"
+    def _append(self, sample: _Sample, completion: Completion) -> None:
+        sample.tokens += completion.tokens
+        sample.logprobs += completion.logprobs
+        sample.versions += [self.weight_version] * len(completion.tokens)
+        sample.finished = completion.reason == "stop"
+        sample.interrupted = completion.reason == "abort"
 
     def _check(self, requests: list[RolloutRequest], max_tokens: int) -> None:
         if self.weight_version == NO_WEIGHTS:
@@ -209,7 +238,10 @@ class RolloutActor:
         self.llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, version: int, checksum: int) -> None:
-        """`checksum` is the sender's; it can be compared where one worker holds all of the weights."""
+        """Ends a transfer. Raises WeightMismatchError if `checksum`, the sender's, is not the engine's own.
+
+        They can be compared if one worker has all of the weights.
+        """
         self.llm.finish_weight_update()
         self.transfer_open = False
         self.reset_prefix_cache()
@@ -221,18 +253,23 @@ class RolloutActor:
         self.weight_version = version
 
     def reset_prefix_cache(self) -> None:
-        """vLLM keeps the blocks that the old weights filled, and would go on from them."""
+        """Drops the cached blocks of the old weights, which vLLM would reuse. Raises C2FError if vLLM refuses."""
         if not self.llm.reset_prefix_cache():
             raise C2FError("vLLM did not clear its prefix cache: requests are still running")
 
     def weights_checksum(self) -> list[int]:
-        """One for each worker of the engine, over its share of the parameters."""
-        return self.llm.apply_model(parameters_checksum)
+        """Returns one checksum for each worker of the engine, over its share of the parameters."""
+        return self.llm.apply_model(_parameters_checksum)
 
     def load_folder(self, folder: str, prompt_tokens: Ragged) -> None:
-        """Takes the weights of another model folder of the same architecture, as version 0, and prompts for it."""
+        """Loads the weights of another model folder of the same architecture, as version 0, and its prompts."""
         self.weight_version = NO_WEIGHTS
         self.prompt_tokens = prompt_tokens
         self.llm.collective_rpc(reload_from, args=(folder,))
         self.reset_prefix_cache()
         self.weight_version = 0
+
+
+def _parameters_checksum(model: torch.nn.Module) -> int:
+    """For `LLM.apply_model`: the checksum of a worker's parameters (buffers, such as rotary tables, are not sent)."""
+    return checksum(model.parameters())

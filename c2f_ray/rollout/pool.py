@@ -7,26 +7,24 @@ nothing before a transfer has brought it weights, and only what the dead one sti
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
-from uuid import uuid4
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from c2f_ray.adapters.vllm import engine_env
 from c2f_ray.data.trajectory import TrajectoryInfo
-from c2f_ray.engine import engine_env
 from c2f_ray.errors import ActorDiedError, DeadlineError
 from c2f_ray.recipe import Recipe
-from c2f_ray.rollout.actor import LOOK_EVERY_S, RolloutActor, RolloutRequest
-from c2f_ray.rollout.engine import LoadFormat
+from c2f_ray.rollout.actor import CONCURRENCY_GROUPS, LoadFormat, RolloutActor, RolloutRequest
 from c2f_ray.runtime.placement import ANYWHERE, Placement
 from c2f_ray.runtime.threads import thread_env
 from c2f_ray.runtime.trace import Timeline
 from c2f_ray.runtime.waiting import wait_for, wait_for_start
 from c2f_ray.runtime.watchdog import Busy
 
+LOOK_EVERY_S = 0.2  # seconds between two questions whether to stop
 PING_S = 60.0  # for an idle actor to answer
 GATHER_S = 2e-4  # for each stream: to look at it takes Ray about 4 microseconds
 
@@ -50,6 +48,7 @@ class RolloutPool:
         options = {
             "num_gpus": gpus,
             "num_cpus": 0 if gpus else 1,
+            "concurrency_groups": CONCURRENCY_GROUPS,
             # Ray would send a small shard inside its reply, into the driver's heap; so it goes to the object store.
             "runtime_env": {
                 "env_vars": {**engine_env(gpus), **threads, "RAY_max_direct_call_object_size": "0"},
@@ -67,6 +66,7 @@ class RolloutPool:
         self.starting = {number: actor.ready.remote() for number, actor in enumerate(self.actors)}
         self.started_at = dict.fromkeys(self.starting, time.perf_counter())  # of those
         self.streams: dict[Any, _Stream] = {}  # calls of `generate` that go on
+        self.calls = count(1)
 
     def wait_until_ready(self) -> None:
         """All actors, replacements too, have built their engines. Only a replacement that dies is replaced again."""
@@ -78,7 +78,7 @@ class RolloutPool:
             except ActorDiedError as error:
                 if not self.is_up:
                     raise
-                for number in [number for number, ref in refs.items() if _died(ref)]:
+                for number in [number for number, ref in refs.items() if _failed(ref)]:
                     self.replace(number, error)
         self.is_up = True
 
@@ -104,8 +104,11 @@ class RolloutPool:
         if self.starting:
             refs = list(self.starting.values())
             done, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            failed = [number for number, ref in self.starting.items() if ref in done and _failed(ref)]
             self.starting = {number: ref for number, ref in self.starting.items() if ref not in done}
             self.started_at = {number: self.started_at[number] for number in self.starting}
+            for number in failed:
+                self.replace(number, "it could not start")
         if not self.serving:
             self.wait_until_ready()
         return [self.actors[number] for number in self.serving]
@@ -135,9 +138,9 @@ class RolloutPool:
         Each actor gets consecutive requests. What one owed when it died goes to another; with `ordered` that leaves
         the composition of every shard as it was. `revive` is called when none is left, and brings replacements their
         weights; without it the death is raised. Raises DeadlineError after `rollout.timeout_s`, naming who owes what.
-        Once `stop` says so, what is still being sampled is interrupted, and yielded as it is.
+        Once `stop` returns True, unfinished samples are interrupted and yielded as they are.
         """
-        stop_key = uuid4().hex if stop else None
+        call = next(self.calls) if stop else None
         stopped = False
         deadline = time.monotonic() + self.timeout_s
         ready: list[Any] = []  # streams that have something to read
@@ -151,13 +154,15 @@ class RolloutPool:
                     revive()
                     deadline += time.monotonic() - began
                 for part in filter(None, owed):
-                    self._hand_out(part, max_tokens, ordered, stop_key)
+                    actor = self._hand_out(part, max_tokens, ordered, call)
+                    if stopped:  # what was lost after the interruption
+                        actor.interrupt.remote(call)
                 owed = []
                 left_s = max(0.0, deadline - time.monotonic())
-                if stop_key and stop and not stopped:
-                    if stop():
-                        _internal_kv_put(stop_key, b"")
-                        stopped = True
+                if stop and not stopped:
+                    if stopped := stop():
+                        for number in {stream.number for stream in self.streams.values()}:
+                            self.actors[number].interrupt.remote(call)
                     left_s = min(left_s, LOOK_EVERY_S)
                 ready = [key for key in ready if key in self.streams] or _with_something(self.streams, left_s)
                 if ready:
@@ -178,17 +183,17 @@ class RolloutPool:
                     deadline = time.monotonic() + self.timeout_s
         finally:
             streams.clear()  # not those of a later call, where this one is given up late
-            if stop_key and stopped:
-                _internal_kv_del(stop_key)
 
-    def _hand_out(self, part: list[RolloutRequest], max_tokens: int, ordered: bool, stop_key: str | None) -> None:
-        """To the actor that owes least."""
+    def _hand_out(self, part: list[RolloutRequest], max_tokens: int, ordered: bool, call: int | None) -> Any:
+        """Sends requests to the actor with the fewest outstanding samples; returns the actor."""
         load = dict.fromkeys(self.serving, 0)
         for stream in self.streams.values():
             load[stream.number] += len(stream.missing)
         number = min(load, key=lambda number: load[number])
         stream = _Stream(number, {request.sample_id: request for request in part})
-        self.streams[self.actors[number].generate.remote(part, max_tokens, ordered, stop_key)] = stream
+        actor = self.actors[number]
+        self.streams[actor.generate.remote(part, max_tokens, ordered, call)] = stream
+        return actor
 
     def _take(self, key: Any) -> tuple[Any, TrajectoryInfo] | None:
         """What a stream that has something gives; its end ends it. Every second thing completes a shard."""
@@ -254,11 +259,11 @@ class RolloutPool:
             self.placement.kill(actor)
 
 
-def _died(ref: Any) -> bool:
-    """Whether the actor that was to answer is gone already."""
+def _failed(ref: Any) -> bool:
+    """Returns True if an actor died, or failed to build its engine, before it was ready."""
     try:
         ray.get(ref, timeout=0)
-    except RayActorError:
+    except (RayActorError, RayTaskError):
         return True
     except GetTimeoutError:
         return False

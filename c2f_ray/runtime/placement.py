@@ -30,9 +30,9 @@ class Placement:
     first: dict[str, int] = field(default_factory=dict)  # bundle of a role's first actor
 
     def start(self, role: str, number: int, actor: type, options: dict[str, Any], *args: Any) -> Any:
-        """A new actor in the room of a role's n-th; ``options`` are Ray's."""
-        remote: Any = ray.remote(actor)
-        return remote.options(**options, **self.options(role, number)).remote(*args)
+        """Starts an actor in the bundle of a role's n-th; ``options`` are those of `ray.remote`."""
+        remote: Any = ray.remote(**options, **self.options(role, number))(actor)
+        return remote.remote(*args)
 
     def kill(self, actor: Any) -> None:
         ray.kill(actor)

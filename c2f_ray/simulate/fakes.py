@@ -98,11 +98,14 @@ class FakeRolloutActors:
     async def ready(self, number: int) -> str:
         return f"fake rollout actor {number}"
 
+    async def interrupt(self, number: int, call: int) -> None:
+        """Nothing to do."""
+
     async def take_version(self, number: int, version: int) -> None:
         self.version = version
 
     async def generate(
-        self, number: int, requests: list[RolloutRequest], max_tokens: int, ordered: bool, stop_key: str | None
+        self, number: int, requests: list[RolloutRequest], max_tokens: int, ordered: bool, call: int | None
     ) -> AsyncIterator[Trajectories | TrajectoryInfo]:
         of_call = self.work.samples
         seconds = of_call[self.calls[number] % len(of_call)]

@@ -137,6 +137,7 @@ class EngineClient:
         self._wait([actor.update_weights.remote(info) for actor in self.actors], "receiving")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Gives the engines `self.version`: vLLM's senders leave `weight_version` out."""
         checksum = self.source.checksum()
         refs = [actor.finish_weight_update.remote(self.version, checksum) for actor in self.actors]
         self._wait(refs, "finishing")

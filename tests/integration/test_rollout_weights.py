@@ -265,16 +265,30 @@ def test_without_the_reset_the_same_measurement_would_be_off(pool, connected, fo
 def test_an_interrupted_sample_goes_on_with_new_weights(pool, connected, folders):
     """No key or value of the old weights is reused, each token's version is known, and nothing is sampled twice."""
 
-    def look_often(_):
-        from c2f_ray.rollout import actor
+    def wait_in_step_8(self):
+        """Whatever the machine does meanwhile, the interruption comes when each sample has about eight tokens."""
+        import time
 
-        actor.LOOK_EVERY_S = 0.02
+        self.real_step, self.steps = self.llm.llm_engine.step, 0
 
-    ray.get([actor.__ray_call__.remote(look_often) for actor in pool.actors])
+        def step():
+            self.steps += 1
+            while self.steps == 8 and not self.interrupted_call:
+                time.sleep(0.001)
+            return self.real_step()
+
+        self.llm.llm_engine.step = step
+
+    def repair(self):
+        self.llm.llm_engine.step = self.real_step
+
+    ray.get([actor.__ray_call__.remote(wait_in_step_8) for actor in pool.actors])
     ray.get(connected.take_weights_of.remote(folders[1]))
     ray.get(connected.send.remote(6))
     requests = [request(n, n % 6) for n in range(24)]
-    found = list(pool.generate(requests, 60, ordered=False, stop=lambda: True))
+    asked = []
+    found = list(pool.generate(requests, 60, ordered=False, stop=lambda: len(asked) == 2 or asked.append(None)))
+    ray.get([actor.__ray_call__.remote(repair) for actor in pool.actors])
     cut = {
         sample_id: Begun(shard, row)
         for shard, info in found

