@@ -1,7 +1,7 @@
 """Bytes that each role needs on one GPU, and beside it in its node's memory.
 
 Formulas follow what DeepSpeed 0.19, transformers 5.19 and vLLM 0.32 allocate as `learner/engine.py` and
-`rollout/engine.py` set them up. `benchmarks/memory.py` compares those of the learner with real ranks.
+`adapters/vllm.py` sets them up. `benchmarks/memory.py` compares those of the learner with real ranks.
 """
 
 from dataclasses import dataclass

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from c2f_ray import session
 from c2f_ray.cli import app
 from c2f_ray.doctor import broadcast, cluster, node
 from c2f_ray.recipe import load_recipe
+from c2f_ray.runtime import session
 from c2f_ray.runtime.session import unreachable
 
 ROOT = Path(__file__).parents[2]

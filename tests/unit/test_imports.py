@@ -80,8 +80,8 @@ def test_modules_of_one_folder_form_no_circle():
         visit(name, [])
 
 
-VLLM = {"engine", "rollout", "weights", "reward", "evaluation", "doctor"}
-DEEPSPEED = {"learner", "doctor"}
+VLLM = {"adapters", "weights"}
+DEEPSPEED = {"adapters", "learner"}
 
 
 @pytest.mark.parametrize(("package", "folders"), [("vllm", VLLM), ("deepspeed", DEEPSPEED)])
