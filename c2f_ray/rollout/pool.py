@@ -75,7 +75,9 @@ class RolloutPool:
             try:
                 wait_for_start(list(refs.values()), self.start_timeout_s, "rollout actors", self.needs)
                 self.starting, self.started_at = {}, {}
-            except ActorDiedError as error:
+            except (ActorDiedError, RayTaskError) as error:
+                if not self.is_up and isinstance(error, RayTaskError):
+                    raise ActorDiedError(f"rollout actors: one could not build its engine: {error}") from error
                 if not self.is_up:
                     raise
                 for number in [number for number, ref in refs.items() if _failed(ref)]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from c2f_ray.errors import ActorDiedError, DeadlineError
 
@@ -23,7 +23,7 @@ def wait_for_start(refs: list[Any], timeout_s: float, what: str, needs: str) -> 
     """Waits for new actors. The error says what they need and what the cluster has free."""
     try:
         return ray.get(refs, timeout=timeout_s)
-    except (RayActorError, RayTaskError) as error:
+    except RayActorError as error:
         raise ActorDiedError(f"{what}: one could not start: {error}") from error
     except GetTimeoutError:
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)

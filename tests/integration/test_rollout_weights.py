@@ -196,6 +196,15 @@ def test_an_engine_with_dummy_weights_refuses(pool, sender):
         list(pool.generate([request(0, 0)], 5, ordered=False))
 
 
+def test_an_engine_that_cannot_be_built_is_an_error_that_says_why(cluster, recipe, prompts, tmp_path):
+    broken = recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"model": str(tmp_path)})})
+    pool = RolloutPool(broken, ray.put(prompts), MAX_MODEL_TOKENS, load_format="auto")
+    with pytest.raises(ActorDiedError, match="one could not build its engine") as error:
+        pool.wait_until_ready()
+    pool.close()
+    assert str(tmp_path) in str(error.value)
+
+
 def test_every_transfer_arrives_bit_for_bit(pool, connected, folders):
     for actor in pool.actors:
         assert_same_weights(actor, folders[1])
