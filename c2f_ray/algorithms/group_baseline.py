@@ -28,8 +28,8 @@ class GroupBaseline(Algorithm):
         self.policy = load_policy(recipe, total_updates)
         coefficient = self.learner.kl_coefficient
         returns = partial(remax.returns, kl_penalty="full_step", kl_coefficient=coefficient, gamma=1.0)
-        reference = load_reference(recipe, self.policy)
-        self.step = ReinforceStep(self.learner, rank, self.policy, reference, returns)
+        self.reference = load_reference(recipe, self.policy)
+        self.step = ReinforceStep(self.learner, rank, self.policy, self.reference, returns)
 
     def update(self, samples: Samples, batch: UpdateBatch, metrics: MetricsAccumulator) -> dict[str, float]:
         """Takes one optimizer step. Returns the update's metrics."""

@@ -34,8 +34,8 @@ class ReMax(Algorithm):
             kl_coefficient=self.learner.kl_coefficient,
             gamma=self.learner.gamma,
         )
-        reference = load_reference(recipe, self.policy)
-        self.step = ReinforceStep(self.learner, rank, self.policy, reference, returns)
+        self.reference = load_reference(recipe, self.policy)
+        self.step = ReinforceStep(self.learner, rank, self.policy, self.reference, returns)
 
     def update(self, samples: Samples, batch: UpdateBatch, metrics: MetricsAccumulator) -> dict[str, float]:
         """Takes one optimizer step. Returns the update's metrics."""
