@@ -305,10 +305,10 @@ def test_neither_the_order_of_micro_batches_nor_padding_matters(policy, runs):
 
 
 def shuffle_and_fill_padding(rank) -> None:
-    from c2f_ray.learner import remax
+    from c2f_ray.algorithms import base
     from c2f_ray.learner.batching import Samples
 
-    plan_of_rank, micro_batch = remax.rank_plan, Samples.micro_batch
+    plan_of_rank, micro_batch = base.rank_plan, Samples.micro_batch
 
     def turned_round(*args) -> list:
         planned = plan_of_rank(*args)
@@ -323,7 +323,7 @@ def shuffle_and_fill_padding(rank) -> None:
             micro.input_ids[torch.from_numpy(padding)] = torch.randint(3, VOCABULARY, (int(padding.sum()),))
         return micro
 
-    remax.rank_plan, Samples.micro_batch = turned_round, filled
+    base.rank_plan, Samples.micro_batch = turned_round, filled
 
 
 def test_the_same_updates_give_the_same_bytes_in_any_order(runs):
