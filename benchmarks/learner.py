@@ -35,7 +35,7 @@ from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.group import LearnerGroup
 from c2f_ray.learner.rank import LearnerRank
 from c2f_ray.losses import gae
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "learner.json"

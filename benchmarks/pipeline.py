@@ -29,9 +29,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from c2f_ray import load_recipe, train
 from c2f_ray.data.trajectory import Ragged
-from c2f_ray.recipe import Recipe
+from c2f_ray.recipe import Recipe, Weights
 from c2f_ray.recipe.roles import scorers
-from c2f_ray.recipe.schema import Weights
 from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.simulate.fakes import FakeActors, FakeWork
 from c2f_ray.simulate.run import run_on_fakes

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from c2f_ray.adapters.vllm import engine_env
-from c2f_ray.recipe.schema import LogRatioReward, UltraRMReward
+from c2f_ray.recipe import LogRatioReward, UltraRMReward
 from c2f_ray.reward.batching import Batcher
 from c2f_ray.reward.log_ratio import LogprobScorer
 from c2f_ray.reward.samples import Encoded

@@ -17,8 +17,7 @@ from c2f_ray.learner.accumulator import MetricsAccumulator
 from c2f_ray.learner.batching import MicroBatch, Reference, Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.finite import on_all_ranks, refuse_norm, refuse_samples
 from c2f_ray.losses.baselines import reward_spread
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import LearnerBase, Optimizer
+from c2f_ray.recipe import LearnerBase, Optimizer, Recipe
 
 if TYPE_CHECKING:  # it imports DeepSpeed
     from c2f_ray.learner.engine import TrainedModel

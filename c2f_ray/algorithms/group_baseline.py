@@ -10,8 +10,7 @@ from c2f_ray.algorithms.reinforce import ReinforceStep
 from c2f_ray.learner.accumulator import MetricsAccumulator
 from c2f_ray.learner.batching import Samples, UpdateBatch
 from c2f_ray.losses import baselines, remax
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import GroupBaselineLearner
+from c2f_ray.recipe import GroupBaselineLearner, Recipe
 
 
 class GroupBaseline(Algorithm):

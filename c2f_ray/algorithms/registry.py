@@ -5,7 +5,7 @@ from c2f_ray.algorithms.group_baseline import GroupBaseline
 from c2f_ray.algorithms.ppo import PPO
 from c2f_ray.algorithms.rejection_sampling import RejectionSampling
 from c2f_ray.algorithms.remax import ReMax
-from c2f_ray.recipe.schema import Learner
+from c2f_ray.recipe import Learner
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "group_baseline": GroupBaseline,

@@ -11,7 +11,7 @@ from c2f_ray.algorithms.base import GradientStep
 from c2f_ray.learner.accumulator import MetricsAccumulator, rollout_metrics
 from c2f_ray.learner.batching import MicroBatch, Reference, Samples
 from c2f_ray.losses import importance, remax
-from c2f_ray.recipe.schema import ReinforceLearner
+from c2f_ray.recipe import ReinforceLearner
 
 if TYPE_CHECKING:  # it imports DeepSpeed
     from c2f_ray.learner.engine import TrainedModel

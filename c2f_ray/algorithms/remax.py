@@ -11,8 +11,7 @@ from c2f_ray.learner.accumulator import MetricsAccumulator
 from c2f_ray.learner.batching import Samples, UpdateBatch
 from c2f_ray.losses import remax
 from c2f_ray.losses.baselines import greedy_baseline
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import ReMaxLearner
+from c2f_ray.recipe import Recipe, ReMaxLearner
 
 
 class ReMax(Algorithm):

@@ -5,8 +5,7 @@ from pathlib import Path
 from c2f_ray.data.model_folder import absolute_folder
 from c2f_ray.data.prompts import PromptSet, PromptSource, build_prompt_set
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Evaluate, WinRate
+from c2f_ray.recipe import Evaluate, Recipe, WinRate
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -21,9 +21,10 @@ from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.driver.checkpoints import Checkpoint, newest_checkpoint
 from c2f_ray.errors import RecipeError
 from c2f_ray.learner.packing import obstacle
-from c2f_ray.recipe import Recipe, load_recipe
-from c2f_ray.recipe.schema import (
+from c2f_ray.recipe import (
     PPOLearner,
+    Recipe,
+    load_recipe,
 )
 from c2f_ray.reward.check import check_reward
 

@@ -11,7 +11,7 @@ and the feature that stands in for the critic when there is none.
 import math
 from dataclasses import dataclass
 
-from c2f_ray.recipe.schema import Length, LogisticLength
+from c2f_ray.recipe import Length, LogisticLength
 
 MIN_VARIANCE = 1e-12  # a feature that has moved less than a millionth has no scale to be measured on yet
 

@@ -8,9 +8,8 @@ from c2f_ray.data.inputs import run_folder, with_absolute_folders
 from c2f_ray.driver.check import check_train
 from c2f_ray.driver.rounds import Rounds
 from c2f_ray.driver.training import Training
-from c2f_ray.recipe import Recipe, dump_recipe
+from c2f_ray.recipe import Learner, Recipe, dump_recipe
 from c2f_ray.recipe.roles import train_roles
-from c2f_ray.recipe.schema import Learner
 from c2f_ray.runtime.placement import reserved
 from c2f_ray.runtime.session import ray_session
 from c2f_ray.runtime.trace import Timeline

@@ -16,7 +16,7 @@ from c2f_ray.driver.sampling import Rollouts
 from c2f_ray.driver.training import Training
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.losses.selection import best_of_draw
-from c2f_ray.recipe.schema import RejectionSamplingLearner
+from c2f_ray.recipe import RejectionSamplingLearner
 
 
 class Rounds(Training):

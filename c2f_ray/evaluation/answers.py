@@ -15,8 +15,7 @@ from c2f_ray.data.prompts import request_seed
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.evaluation.check import Candidate, EvaluationPlan
 from c2f_ray.evaluation.mt_bench import TURNS, save_conversations, second_turn
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Evaluate
+from c2f_ray.recipe import Evaluate, Recipe
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 
 Shards = list[tuple[Any, TrajectoryInfo]]  # references to Trajectories, and what the driver may know of them

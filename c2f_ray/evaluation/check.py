@@ -23,8 +23,7 @@ from c2f_ray.evaluation.metrics import RESPONSE_METRICS
 from c2f_ray.evaluation.mt_bench import TURNS, TwoTurnSource
 from c2f_ray.evaluation.tasks import MEAN, check_tasks, task_column
 from c2f_ray.learner.logprobs import LOGIT_SETTINGS
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import RECORD, Choose, EndpointJudge, Evaluate, Perplexity
+from c2f_ray.recipe import RECORD, Choose, EndpointJudge, Evaluate, Perplexity, Recipe
 from c2f_ray.reward.check import check_reward
 from c2f_ray.watch.metrics import read_metrics
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from c2f_ray.recipe.schema import Choose
+from c2f_ray.recipe import Choose
 
 Metrics = Mapping[str, float | None]
 

@@ -33,9 +33,8 @@ from c2f_ray.evaluation.judging import mt_bench, win_rates
 from c2f_ray.evaluation.likelihood import Forward, likelihoods
 from c2f_ray.evaluation.metrics import mean, response_metrics
 from c2f_ray.evaluation.tasks import run_tasks, task_metrics, tasks_stamp
-from c2f_ray.recipe import Recipe
+from c2f_ray.recipe import EndpointJudge, LmEval, Recipe
 from c2f_ray.recipe.roles import evaluate_roles
-from c2f_ray.recipe.schema import EndpointJudge, LmEval
 from c2f_ray.reward.rewards import Rewards, ScoredShard
 from c2f_ray.runtime.session import ray_session
 from c2f_ray.runtime.threads import thread_env

@@ -18,7 +18,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from c2f_ray.errors import JudgeError, RecipeError
-from c2f_ray.recipe.schema import EndpointJudge
+from c2f_ray.recipe import EndpointJudge
 
 LETTER = re.compile(r"\[\[([ABC])\]\]")
 SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")

@@ -9,7 +9,7 @@ from c2f_ray.evaluation.check import EvaluationPlan
 from c2f_ray.evaluation.judge import Question, ask, score
 from c2f_ray.evaluation.mt_bench import TURNS, summary
 from c2f_ray.evaluation.pairwise import judged_points, mean_characters, reward_points, win_rate
-from c2f_ray.recipe.schema import RECORD, EndpointJudge
+from c2f_ray.recipe import RECORD, EndpointJudge
 
 Rows = list[dict[str, Any]]
 

@@ -13,7 +13,7 @@ from c2f_ray.data.atomic import write_text
 from c2f_ray.data.model_folder import stamp
 from c2f_ray.errors import C2FError, RecipeError
 from c2f_ray.evaluation.likelihood import Forward
-from c2f_ray.recipe.schema import GeneralTask, LmEval
+from c2f_ray.recipe import GeneralTask, LmEval
 
 MEAN = "tasks"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from c2f_ray.data.trajectory import Int64, Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.learner.logprobs import chunks_for
 from c2f_ray.learner.packing import layout
-from c2f_ray.recipe.schema import LearnerBase
+from c2f_ray.recipe import LearnerBase
 
 Reference = Callable[..., tuple[Tensor, Tensor]]  # what ResponseLogprobs has, without gradient
 

@@ -24,7 +24,7 @@ from c2f_ray.learner.logprobs import ResponseLogprobs
 from c2f_ray.learner.packing import PACKED
 from c2f_ray.learner.schedule import lr_factor
 from c2f_ray.learner.values import ResponseValues
-from c2f_ray.recipe.schema import LearnerBase, Optimizer, Policy
+from c2f_ray.recipe import LearnerBase, Optimizer, Policy
 from c2f_ray.weights.source import Gather, no_gather
 
 # A reward model's head: UltraRM's name, and that of transformers' sequence classifiers.

@@ -18,7 +18,7 @@ from c2f_ray.data.trajectory import Float32
 from c2f_ray.errors import ActorDiedError, C2FError, LearnerLostError
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.rank import LearnerRank
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe import Recipe
 from c2f_ray.runtime.placement import ANYWHERE, Placement
 from c2f_ray.runtime.threads import thread_env
 from c2f_ray.runtime.waiting import wait_for_start

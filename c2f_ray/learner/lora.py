@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from c2f_ray.recipe.schema import Lora
+from c2f_ray.recipe import Lora
 from c2f_ray.weights.source import Gather, is_adapter
 
 

@@ -25,7 +25,7 @@ from c2f_ray.learner.accumulator import MetricsAccumulator
 from c2f_ray.learner.batching import Samples, UpdateBatch, rank_plan
 from c2f_ray.learner.export import export
 from c2f_ray.learner.finite import name
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe import Recipe
 from c2f_ray.runtime.rendezvous import open_store
 from c2f_ray.runtime.waiting import wait_for
 from c2f_ray.weights.source import ModuleWeights

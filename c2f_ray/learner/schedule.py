@@ -2,7 +2,7 @@
 
 import math
 
-from c2f_ray.recipe.schema import Optimizer
+from c2f_ray.recipe import Optimizer
 
 
 def lr_factor(optimizer: Optimizer, update: int, total_updates: int) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c2f_ray.recipe.schema import MergeMethod
+from c2f_ray.recipe import MergeMethod
 
 # Which models each method reads.
 ROLES = {

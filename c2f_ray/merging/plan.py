@@ -18,8 +18,7 @@ from c2f_ray.merging.compatibility import Models, check_inputs
 from c2f_ray.merging.methods import ROLES, Settings
 from c2f_ray.merging.ratios import schedule_ratios
 from c2f_ray.merging.shards import Variant
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import MERGE_METHODS_WITH, Merge
+from c2f_ray.recipe import MERGE_METHODS_WITH, Merge, Recipe
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 VERSIONS = ("c2f-ray", "torch", "safetensors", "transformers")

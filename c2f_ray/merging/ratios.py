@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.recipe.schema import RatioRule, RatioSchedule
+from c2f_ray.recipe import RatioRule, RatioSchedule
 
 LAYER = re.compile(r"\.(\d+)\.")  # the first number in a tensor's name: model.layers.3.block_sparse_moe.experts.0.w1
 

@@ -31,7 +31,7 @@ from c2f_ray.merging.methods import (
     merge_piece,
     widen,
 )
-from c2f_ray.recipe.schema import MergeMethod
+from c2f_ray.recipe import MergeMethod
 
 PIECE = 1 << 17  # elements of each tensor at a time; more leave the cache, fewer are overhead
 

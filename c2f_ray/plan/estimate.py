@@ -22,8 +22,8 @@ from c2f_ray.plan.memory import (
 )
 from c2f_ray.plan.model import ModelShape, read_model
 from c2f_ray.plan.schedule import Models, Step, step, transfer_bytes
+from c2f_ray.recipe import ModelReward, Recipe
 from c2f_ray.recipe.roles import scorers
-from c2f_ray.recipe.schema import ModelReward, Recipe
 
 
 @dataclass(frozen=True)

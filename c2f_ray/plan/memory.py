@@ -7,8 +7,8 @@ Formulas follow what DeepSpeed 0.19, transformers 5.19 and vLLM 0.32 allocate as
 from dataclasses import dataclass
 
 from c2f_ray.plan.model import ModelShape
+from c2f_ray.recipe import LearnerBase, Lora, ModelReward, Recipe
 from c2f_ray.recipe.roles import Scorer
-from c2f_ray.recipe.schema import LearnerBase, Lora, ModelReward, Recipe
 
 GIB = 2**30
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element

@@ -6,8 +6,8 @@ from math import ceil
 from c2f_ray.plan.clusters import CPU, Gpu
 from c2f_ray.plan.memory import WIDTH, Engine, trainable
 from c2f_ray.plan.model import ModelShape
+from c2f_ray.recipe import ModelReward, Recipe
 from c2f_ray.recipe.roles import Scorer, scorers
-from c2f_ray.recipe.schema import ModelReward, Recipe
 
 # Shares of a data sheet's peak that kernels reach, and what is not on it. Of ours, on the careful side of what is
 # published for models of this size; arXiv 2205.05198 reports 42% to 56% of an A100's peak in training.

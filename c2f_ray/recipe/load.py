@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from c2f_ray.errors import RecipeError
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe.recipe import Recipe
 
 
 class _Loader(yaml.SafeLoader):

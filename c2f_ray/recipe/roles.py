@@ -6,7 +6,8 @@ Imports neither torch nor ray, so `plan`, `doctor` and `watch` read the same tab
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from c2f_ray.recipe.schema import OneReward, Recipe, Reward
+from c2f_ray.recipe.recipe import Recipe
+from c2f_ray.recipe.reward import OneReward, Reward
 
 
 @dataclass(frozen=True)

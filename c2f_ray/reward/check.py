@@ -7,7 +7,7 @@ from c2f_ray.data.templates import chat_template
 from c2f_ray.data.tokenizer import load_tokenizer
 from c2f_ray.data.user_function import load_function
 from c2f_ray.errors import RecipeError
-from c2f_ray.recipe.schema import FunctionReward, LogRatioReward, Reward, UltraRMReward
+from c2f_ray.recipe import FunctionReward, LogRatioReward, Reward, UltraRMReward
 from c2f_ray.reward.log_ratio import encode
 from c2f_ray.reward.samples import Sample
 from c2f_ray.reward.ultrarm import check_ultrarm_folder

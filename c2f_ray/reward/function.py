@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 from c2f_ray.data.user_function import load_function
-from c2f_ray.recipe.schema import FunctionReward
+from c2f_ray.recipe import FunctionReward
 from c2f_ray.reward.samples import Sample
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from c2f_ray.adapters.vllm import build_llm, prompt_logprobs
 from c2f_ray.data.templates import chat_template, render
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.recipe.schema import LogRatioReward
+from c2f_ray.recipe import LogRatioReward
 from c2f_ray.reward.samples import Encoded, Sample, appends_eos, cut_front
 
 

@@ -16,8 +16,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from c2f_ray.adapters.vllm import engine_env
 from c2f_ray.data.trajectory import Int64
 from c2f_ray.errors import ActorDiedError
+from c2f_ray.recipe import Cluster, ModelReward
 from c2f_ray.recipe.roles import Scorer
-from c2f_ray.recipe.schema import Cluster, ModelReward
 from c2f_ray.reward.worker import Float64, RewardWorker
 from c2f_ray.runtime.placement import Placement
 from c2f_ray.runtime.threads import thread_env

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from c2f_ray.data.trajectory import Bool, Float32, Int64
+from c2f_ray.recipe import Cluster, Reward
 from c2f_ray.recipe.roles import scorers_of
-from c2f_ray.recipe.schema import Cluster, Reward
 from c2f_ray.reward.pool import RewardPool, Scoring
 from c2f_ray.reward.worker import Float64
 from c2f_ray.runtime.placement import ANYWHERE, Placement

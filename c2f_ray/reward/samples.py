@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from c2f_ray.data.prompts import Messages
-from c2f_ray.recipe.schema import ModelReward
+from c2f_ray.recipe import ModelReward
 
 T = TypeVar("T")
 

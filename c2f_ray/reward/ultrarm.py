@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from c2f_ray.data.prompts import Messages
 from c2f_ray.data.tokenizer import load_tokenizer
-from c2f_ray.recipe.schema import UltraRMReward
+from c2f_ray.recipe import UltraRMReward
 from c2f_ray.reward.samples import Encoded, Sample, appends_eos, cut_front
 
 TURNS = {"user": "Human", "assistant": "Assistant"}

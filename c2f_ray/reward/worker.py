@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.tokenizer import decode, load_tokenizer
 from c2f_ray.data.trajectory import Trajectories
+from c2f_ray.recipe import FunctionReward, LogRatioReward, UltraRMReward
 from c2f_ray.recipe.roles import Scorer
-from c2f_ray.recipe.schema import FunctionReward, LogRatioReward, UltraRMReward
 from c2f_ray.reward.batching import Batcher
 from c2f_ray.reward.function import FunctionScorer
 from c2f_ray.reward.log_ratio import LogprobScorer

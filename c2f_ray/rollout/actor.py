@@ -29,7 +29,7 @@ from c2f_ray.adapters.vllm import (
 )
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import C2FError, WeightMismatchError
-from c2f_ray.recipe.schema import Policy, Rollout
+from c2f_ray.recipe import Policy, Rollout
 from c2f_ray.weights.source import checksum
 from c2f_ray.weights.transfer import transfer_backend
 

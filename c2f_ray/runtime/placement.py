@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from c2f_ray.adapters.ray import available_resources_per_node
 from c2f_ray.errors import DeadlineError
+from c2f_ray.recipe import Cluster
 from c2f_ray.recipe.roles import Role
-from c2f_ray.recipe.schema import Cluster
 
 SAY_EVERY_S = 30.0
 

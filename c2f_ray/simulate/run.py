@@ -28,9 +28,8 @@ from c2f_ray.plan.clusters import CPU
 from c2f_ray.plan.estimate import Estimate
 from c2f_ray.plan.schedule import Step, num_rollouts, step
 from c2f_ray.plan.table import told_seconds
-from c2f_ray.recipe import Recipe
+from c2f_ray.recipe import FixedLength, Recipe
 from c2f_ray.recipe.roles import scorers
-from c2f_ray.recipe.schema import FixedLength
 from c2f_ray.runtime.session import ray_session
 from c2f_ray.runtime.trace import Span, Timeline, read_trace, spans_of
 from c2f_ray.simulate.fakes import FakeActors, FakeWork

@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from c2f_ray.errors import DeadlineError
-from c2f_ray.recipe.schema import Weights
+from c2f_ray.recipe import Weights
 from c2f_ray.weights.source import ModuleWeights
 
 GRACE_S = 2.0  # after one engine failed: how long the others may take to show whether they did too

@@ -23,7 +23,7 @@ from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import ActorDiedError, DeadlineError, NonFiniteUpdateError
 from c2f_ray.learner.batching import Samples, UpdateBatch, plan, split_by_tokens
 from c2f_ray.learner.group import LearnerGroup
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe import Recipe
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks cannot import this file
 VOCABULARY = 64

@@ -12,7 +12,7 @@ from test_ppo import COMMON, IN_LOSS, batch, state_of_optimizers
 
 from c2f_ray.algorithms.registry import algorithm_of
 from c2f_ray.learner.group import LearnerGroup
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe import Recipe
 
 for name in (__name__, "test_ppo", "test_learner"):
     ray.cloudpickle.register_pickle_by_value(sys.modules[name])  # the ranks cannot import these files

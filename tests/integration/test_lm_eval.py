@@ -14,7 +14,7 @@ from c2f_ray.errors import C2FError, RecipeError
 from c2f_ray.evaluation.check import Candidate
 from c2f_ray.evaluation.job import general_tasks
 from c2f_ray.evaluation.tasks import check_tasks, task_metrics
-from c2f_ray.recipe.schema import GeneralTask, LmEval
+from c2f_ray.recipe import GeneralTask, LmEval
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 YAML = """

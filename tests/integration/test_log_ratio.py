@@ -8,7 +8,7 @@ import ray
 import torch
 from transformers import AutoTokenizer, MixtralForCausalLM
 
-from c2f_ray.recipe.schema import Cluster, LogRatioReward
+from c2f_ray.recipe import Cluster, LogRatioReward
 from c2f_ray.reward.log_ratio import encode
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.reward.samples import Sample

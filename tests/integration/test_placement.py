@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group_table
 
 from c2f_ray.errors import DeadlineError
-from c2f_ray.recipe.schema import Cluster
+from c2f_ray.recipe import Cluster
 from c2f_ray.runtime.placement import ANYWHERE, Role, reserved
 
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 from c2f_ray.data.prompts import PromptSet
 from c2f_ray.data.trajectory import Ragged, Trajectories, TrajectoryInfo
 from c2f_ray.errors import RecipeError
+from c2f_ray.recipe import Cluster, FunctionReward, UltraRMReward
 from c2f_ray.recipe.roles import Scorer
-from c2f_ray.recipe.schema import Cluster, FunctionReward, UltraRMReward
 from c2f_ray.reward.check import check_reward
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.reward.samples import Sample

@@ -16,8 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from c2f_ray.data.trajectory import Ragged, Trajectories
 from c2f_ray.errors import ActorDiedError, C2FError, DeadlineError, WeightMismatchError
-from c2f_ray.recipe import Recipe
-from c2f_ray.recipe.schema import Weights
+from c2f_ray.recipe import Recipe, Weights
 from c2f_ray.rollout.actor import Begun, RolloutRequest
 from c2f_ray.rollout.pool import RolloutPool
 from c2f_ray.weights.source import ModuleWeights

@@ -24,7 +24,7 @@ from c2f_ray.algorithms.rejection_sampling import RejectionSampling
 from c2f_ray.data.trajectory import Trajectories
 from c2f_ray.learner.batching import UpdateBatch
 from c2f_ray.learner.group import LearnerGroup
-from c2f_ray.recipe.schema import Recipe
+from c2f_ray.recipe import Recipe
 
 KEPT = np.array([0, 4, 6, 10, 14, 18, 22])  # sample 22 is sample 4 again
 EPOCHS, PER_UPDATE = 2, 4

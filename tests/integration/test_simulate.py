@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 from c2f_ray.cli import app
 from c2f_ray.plan.clusters import chosen_nodes
 from c2f_ray.plan.estimate import estimate
-from c2f_ray.recipe import Recipe, load_recipe
+from c2f_ray.recipe import FunctionReward, Recipe, load_recipe
 from c2f_ray.recipe.roles import Scorer
-from c2f_ray.recipe.schema import FunctionReward
 from c2f_ray.reward.rewards import Rewards
 from c2f_ray.rollout.pool import RolloutPool, RolloutRequest
 from c2f_ray.simulate import run as simulation

@@ -4,7 +4,7 @@ import pytest
 
 from c2f_ray.evaluation.choosing import choose
 from c2f_ray.evaluation.job import link_best
-from c2f_ray.recipe.schema import Choose
+from c2f_ray.recipe import Choose
 
 INSTRUCT = {"reward": -1.0, "repeated_lines": 0.01, "accuracy": 0.5, "distinct_4": None}
 RULE = Choose(at_most_over_instruct={"repeated_lines": 0.02}, at_least_over_instruct={"accuracy": 0.0})

@@ -19,8 +19,7 @@ from c2f_ray.cli import app
 from c2f_ray.driver.length import LengthDecision
 from c2f_ray.plan.clusters import chosen_nodes
 from c2f_ray.plan.estimate import estimate
-from c2f_ray.recipe import load_recipe
-from c2f_ray.recipe.schema import MergeMethod
+from c2f_ray.recipe import MergeMethod, load_recipe
 from tests.documented import LINES, ROOT, TEXTS, documented
 
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands

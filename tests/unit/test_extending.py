@@ -9,8 +9,7 @@ from c2f_ray.driver import length as length_control
 from c2f_ray.driver.length import LengthDecision, LengthState
 from c2f_ray.driver.training import Training, first_state
 from c2f_ray.learner.batching import UpdateBatch
-from c2f_ray.recipe import load_recipe
-from c2f_ray.recipe.schema import FunctionReward
+from c2f_ray.recipe import FunctionReward, load_recipe
 from c2f_ray.reward.function import FunctionScorer
 from c2f_ray.reward.samples import Sample
 

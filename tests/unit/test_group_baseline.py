@@ -8,8 +8,7 @@ from c2f_ray.algorithms.group_baseline import GroupBaseline
 from c2f_ray.data.trajectory import TrajectoryInfo
 from c2f_ray.errors import RecipeError
 from c2f_ray.losses.baselines import group_baseline
-from c2f_ray.recipe import load_recipe
-from c2f_ray.recipe.schema import Passes
+from c2f_ray.recipe import Passes, load_recipe
 
 DRAW = np.array([4, 9, 4, 9, 4, 9, 2])
 REWARD = np.array([1, 10, 2, 10, 6, 10, 5], np.float32)

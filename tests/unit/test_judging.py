@@ -17,7 +17,7 @@ from c2f_ray.evaluation.judge import Question, ask, check_judge, letter, load_te
 from c2f_ray.evaluation.judging import mt_bench, win_rates
 from c2f_ray.evaluation.mt_bench import TwoTurnSource, summary
 from c2f_ray.evaluation.pairwise import judged_points, reward_points, win_rate
-from c2f_ray.recipe.schema import EndpointJudge, RewardJudge
+from c2f_ray.recipe import EndpointJudge, RewardJudge
 
 JUDGES = Path(__file__).parents[2] / "configs" / "judge"
 

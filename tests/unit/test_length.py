@@ -9,7 +9,7 @@ import pytest
 
 from c2f_ray.driver.length import LengthInputs, LengthState, observe, start
 from c2f_ray.losses.baselines import reward_spread
-from c2f_ray.recipe.schema import FixedLength, LinearLength, LogisticLength
+from c2f_ray.recipe import FixedLength, LinearLength, LogisticLength
 
 LOGISTIC = LogisticLength(
     rule="logistic",

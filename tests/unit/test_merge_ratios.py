@@ -4,7 +4,7 @@ import pytest
 
 from c2f_ray.errors import RecipeError
 from c2f_ray.merging.ratios import layer_of, schedule_ratios
-from c2f_ray.recipe.schema import RatioSchedule
+from c2f_ray.recipe import RatioSchedule
 
 TENSORS = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 TENSORS += [f"model.layers.{i}.{part}.weight" for i in range(5) for part in ("self_attn.q_proj", "mlp.experts.7.w1")]

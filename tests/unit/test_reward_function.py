@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from c2f_ray.recipe.schema import FunctionReward
+from c2f_ray.recipe import FunctionReward
 from c2f_ray.reward.function import FunctionScorer
 from c2f_ray.reward.samples import Sample
 

@@ -3,7 +3,7 @@
 import pytest
 
 from c2f_ray.learner.schedule import lr_factor
-from c2f_ray.recipe.schema import Optimizer
+from c2f_ray.recipe import Optimizer
 
 
 @pytest.mark.parametrize(
