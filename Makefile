@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Where pip is told to look for wheels, uv is told too; else uv takes torch's CPU build by itself.
 TORCH := $(if $(PIP_FIND_LINKS),$(PIP_FIND_LINKS:%=--find-links %),--torch-backend cpu)
 
-.PHONY: setup demo test unit world chaos lint format pins clean
+.PHONY: setup demo test unit world chaos lint format docs pins clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +39,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes docs/configuration.md and configs/recipe.schema.json anew from the models in c2f_ray/recipe/.
+docs: $(INSTALLED)
+	$(BIN)/python -m c2f_ray.recipe.document
 
 # Writes the pins anew from pyproject.toml.
 pins: $(INSTALLED)

@@ -141,6 +141,16 @@ def plan(
 
 
 @app.command()
+def explain(
+    key: Annotated[str, typer.Argument(metavar="[KEY]", help="Such as learner.optimizer.lr, or a section.")] = "",
+) -> None:
+    """Print type, default and meaning of a recipe's field, or the fields of a section."""
+    from c2f_ray.recipe.document import explain
+
+    print(explain(key))
+
+
+@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Checks what it names as well.")] = None,
     overrides: Overrides = None,

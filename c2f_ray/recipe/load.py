@@ -51,7 +51,7 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
         hint = f"; did you mean {meant}?" if meant else f" in {Path.cwd()}"
         raise RecipeError(f"{path}: no such recipe{hint}")
     try:
-        tree = _parse(path.read_text(encoding="utf-8"), where=str(path))
+        tree = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text: {error}") from None
     if not isinstance(tree, dict):
@@ -76,7 +76,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Reads YAML. Raises RecipeError with ``where`` and the line."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -97,7 +98,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise RecipeError(f"{key}: {section} is a value, not a section")
-    tree[last] = _parse(value, where=key)
+    tree[last] = parse_yaml(value, where=key)
 
 
 def _describe(detail: ErrorDetails) -> str:
