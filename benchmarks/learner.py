@@ -91,6 +91,7 @@ def recipe(model: str, algorithm: str, *, reference: bool, gpus: int = 0, **lear
             "prompts": {"source": "prompts.jsonl"},
             "length": {"rule": "fixed", "max_tokens": 2048},
             "rollout": {"gpus_per_actor": gpus},
+            "weights": {"timeout_s": 300},
             "reward": {"kind": "function", "function": "rewards:score"},
             "learner": {"algorithm": algorithm, "gpus_per_rank": gpus, "optimizer": optimizer} | critic | kl | learner,
         }

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from c2f_ray.recipe.algorithms import PPOLearner
-from c2f_ray.recipe.reward import UltraRMReward
+from c2f_ray.recipe.reward import ModelReward, UltraRMReward
 from c2f_ray.recipe.sections import Sections
 
 
@@ -108,6 +108,29 @@ def critic_has_a_start(recipe: Sections) -> None:
         )
 
 
+def inner_timeouts_end_first(recipe: Sections) -> None:
+    """Refuses a timeout that is longer than the one around it: its cause would never be reported.
+
+    Two waits are inside others: a weight transfer in a call of the learner, and the filling of a batch in a call of a
+    reward worker. The other timeouts follow each other (`cluster.start_timeout_s`, then `rollout.timeout_s`, then
+    `reward.timeout_s`), belong to other commands (`merge`, `evaluate`, `evaluate.lm_eval`, `evaluate.judge`), or the
+    code derives what is inside them, such as a quarter of `rollout.timeout_s` to fetch a partial sample.
+    """
+    inner, outer = recipe.weights.timeout_s, recipe.learner.timeout_s
+    if inner > outer:
+        raise ValueError(
+            f"weights.timeout_s: {inner:g} is longer than learner.timeout_s ({outer:g}), inside which a transfer runs; "
+            "lower weights.timeout_s, or raise learner.timeout_s"
+        )
+    for name, part in recipe.reward.named_parts().items():
+        settings, key = part.reward, recipe.reward.part_key(name)
+        if isinstance(settings, ModelReward) and settings.max_wait_s >= settings.timeout_s:
+            raise ValueError(
+                f"{key}.max_wait_s: {settings.max_wait_s:g} is not shorter than {key}.timeout_s "
+                f"({settings.timeout_s:g}), inside which a batch fills up; lower {key}.max_wait_s"
+            )
+
+
 RULES: tuple[Callable[[Sections], None], ...] = (
     same_device,
     memory_is_a_share_on_gpus,
@@ -119,4 +142,5 @@ RULES: tuple[Callable[[Sections], None], ...] = (
     deterministic_runs_wait,
     bfloat16_needs_zero,
     critic_has_a_start,
+    inner_timeouts_end_first,
 )

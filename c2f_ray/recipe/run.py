@@ -62,4 +62,4 @@ class Weights(Section):
     bucket_mib: Count = 256
     """MiB of one packed bucket of tensors."""
     timeout_s: Positive = 600
-    """Seconds that one transfer may take."""
+    """Seconds that one transfer may take. It runs inside `learner.timeout_s`, which must not be shorter."""

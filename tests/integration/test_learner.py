@@ -50,6 +50,7 @@ def recipe(policy: Path, **learner) -> Recipe:
             "prompts": {"source": "prompts.jsonl"},
             "length": {"rule": "fixed", "max_tokens": 32},
             "rollout": {"gpus_per_actor": 0},
+            "weights": {"timeout_s": learner.get("timeout_s", 600)},
             "reward": {"kind": "function", "function": "rewards:score"},
             "learner": remax | {"optimizer": optimizer} | learner,
         }

@@ -209,6 +209,67 @@ def test_what_was_meant_by_a_short_name_and_by_the_wrong_order(monkeypatch, tmp_
         load_recipe("configs/tiny.yaml")
 
 
+def test_a_wait_inside_another_is_not_the_longer_one():
+    with pytest.raises(RecipeError) as error:
+        load_recipe(TINY, "weights.timeout_s=3601")
+    assert error.value.problems == (
+        "recipe: weights.timeout_s: 3601 is longer than learner.timeout_s (3600), inside which a transfer runs; lower "
+        "weights.timeout_s, or raise learner.timeout_s",
+    )
+    assert load_recipe(TINY, "weights.timeout_s=3600").weights.timeout_s == 3600
+    model = "{kind: ultrarm, model: m, timeout_s: 5, max_wait_s: 5}"
+    with pytest.raises(RecipeError) as error:
+        load_recipe(TINY, f"reward={{kind: sum, parts: {{a: {{weight: 1, reward: {model}}}}}}}")
+    assert error.value.problems == (
+        "recipe: reward.parts.a.reward.max_wait_s: 5 is not shorter than reward.parts.a.reward.timeout_s (5), inside "
+        "which a batch fills up; lower reward.parts.a.reward.max_wait_s",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "problem"),
+    [
+        (
+            "tiny_rejection_sampling",
+            ["rollout.samples_per_prompt=1"],
+            "rollout.samples_per_prompt: 1: rejection_sampling compares a prompt's samples; give 2 or more",
+        ),
+        (
+            "tiny_rejection_sampling",
+            ["evaluate=null"],
+            "evaluate: missing; rejection_sampling measures each round on evaluate.prompts",
+        ),
+        (
+            "tiny_rejection_sampling",
+            ["length={rule: logistic, start_tokens: 1, max_tokens: 2, max_step_tokens: 1}"],
+            "length.rule: logistic observes a critic or a baseline, and rejection_sampling has none; use fixed or "
+            "linear",
+        ),
+        (
+            "tiny",
+            ["policy.dtype=bfloat16", "learner.zero_stage=0"],
+            "learner.zero_stage: 0 with policy.dtype bfloat16 is not offered: DeepSpeed's optimizer for it counts one "
+            "step too many; use 1, which on one rank is the same",
+        ),
+        (
+            "tiny_ppo",
+            ["learner.critic.model=reward", "reward={kind: function, function: 'm:f'}"],
+            "learner.critic.model: 'reward' needs a reward model to start from, and reward.kind is 'function'; use "
+            "'policy' or a folder",
+        ),
+        (
+            "mistral_c2f",
+            ["rollout.memory=20"],
+            "rollout.memory: on a GPU it is a share of its memory, at most 1; not 20",
+        ),
+    ],
+)
+def test_sections_that_disagree_are_refused(name: str, overrides: list[str], problem: str):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(CONFIGS / f"{name}.yaml", *overrides)
+    assert error.value.problems[0].removeprefix("recipe: ").removesuffix(".0") == problem
+
+
 def test_recipes_are_frozen():
     recipe: Recipe = load_recipe(TINY)
     with pytest.raises(ValueError, match="frozen"):
