@@ -20,7 +20,8 @@ INTRODUCTION = """# Configuration
 A recipe is a YAML file with the sections below; `configs/` has complete ones. `c2f-ray explain learner.optimizer.lr`
 prints what this page says of one key, and `c2f-ray explain learner` lists a section. On the command line
 `key=value` overrides a key. In keys, N is a position in a list, counted from 0, and NAME a name of your choice. A field
-of some variants only, such as one algorithm, begins with their names in brackets.
+of some variants only, such as one algorithm, begins with their names in brackets. Where a model or a file is named,
+`tiny:NAME` is a part of the tiny world that comes with the package.
 
 This page is generated from the models in `c2f_ray/recipe/`.
 """
