@@ -10,7 +10,7 @@ from c2f_ray.tiny.task import derived, draw_question
 
 def write_prompts(folder: Path, settings: Settings) -> None:
     """Writes `train.jsonl` and `heldout.jsonl`, distinct questions of the two splits, and `texts.jsonl`."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rng = random.Random(f"texts {settings.seed}")
     texts = [(draw_question(rng, heldout=True), rng.randint(0, 2)) for _ in range(settings.heldout_prompts)]
     lines = [f"Q:{question.content}\nA:" + "\n".join(derived(question, checks)) for question, checks in texts]

@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -221,17 +221,18 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
-def main() -> None:
+def main(words: list[str] | None = None, settings: Settings = Settings()) -> None:  # noqa: B008 (it is frozen)
+    """Runs the tool with the command line's words; ``settings`` are those that it has no option for."""
     parser = argparse.ArgumentParser(prog="python -m c2f_ray.tiny.train", description="Train the tiny world.")
     parser.add_argument("folder", type=Path, help="A new folder; to ship it, replace c2f_ray/tiny/data by it.")
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--threads", type=int, default=Settings.num_threads)
-    arguments = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=settings.seed)
+    parser.add_argument("--threads", type=int, default=settings.num_threads)
+    arguments = parser.parse_args(words)
     folder: Path = arguments.folder
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"{folder} is not empty: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    measured = train_world(folder, Settings(seed=arguments.seed, num_threads=arguments.threads))
+    measured = train_world(folder, replace(settings, seed=arguments.seed, num_threads=arguments.threads))
     for gate in measured:
         print(gate)
     missed = [gate for gate in measured if not gate.passed]
