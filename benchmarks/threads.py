@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from c2f_ray.threads import available_cores
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from c2f_ray import load_recipe, train
+from c2f_ray.runtime.threads import available_cores
 from c2f_ray.watch.metrics import read_metrics
 
 RESULT = Path(__file__).parent / "results" / "threads.json"
@@ -59,7 +59,6 @@ def seconds(settings: list[str], recipe: str, name: str, threads: list[str]) -> 
 
 
 def main() -> None:
-    one = [f"{role}.threads=1" for role in ROLES]
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "cores": available_cores(),
@@ -76,6 +75,8 @@ def main() -> None:
             "learner.tokens_per_microbatch=1024",
         ]  # fmt: skip
         for name, settings in (("demo", ["run.steps=8", "length={rule: fixed, max_tokens: 96}"]), ("135M", large)):
+            roles = ROLES if name == "demo" else ROLES[:2]  # a function has no threads of its own
+            one = [f"{role}.threads=1" for role in roles]
             before = seconds(settings, "tiny", f"{name}-one", one)
             after = seconds(settings, "tiny", f"{name}-idle", [])
             ratios = {stage: round(after[stage] / before[stage], 3) for stage in STAGES}
